@@ -1,0 +1,191 @@
+"""What a model family is to the rest of the house: a frozen `FamilySpec` of facts and a `Family` of nine calls.
+
+Shared code (data, sampling, training) sees this file only. A family is a folder `families/<name>/` whose package
+exposes `family: Family`; `families.registry` finds it by folder. There is no base trainer class: everything that
+differs between families is either a fact here or one of the calls below.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.nn.runner import Run, direct
+from musubi_tuner.weights.reader import Header
+
+Conditioning = Mapping[str, Any]
+"""Named tensors (or lists of ragged tensors) that `predict` reads; made by `collate`, opaque to shared code."""
+
+
+@dataclass(frozen=True)
+class LatentGeometry:
+    """Size of the latent grid: pixels `[3, F, H, W]` become `[channels, (F-1)/temporal + 1, H/spatial, W/spatial]`."""
+
+    channels: int
+    spatial: int
+    temporal: int
+    patch: tuple[int, int, int]
+    """Patch of the transformer in latent cells (frames, rows, columns)."""
+
+    def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Latent shape [C, F, H, W] of a clip of `frames` x `height` x `width` pixels."""
+        step_h, step_w = self.spatial * self.patch[1], self.spatial * self.patch[2]
+        if (frames - 1) % self.temporal or height % step_h or width % step_w or min(frames, height, width) < 1:
+            raise ValueError(
+                f"clip of {frames} frames, {height} x {width} pixels (height x width): frames must be "
+                f"1 + {self.temporal} k, height a multiple of {step_h}, width of {step_w}"
+            )
+        return (self.channels, (frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial)
+
+
+@dataclass(frozen=True)
+class AdapterTargets:
+    """Default LoRA targets: every Linear inside modules of `block_classes` whose dotted path no `exclude` matches."""
+
+    block_classes: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+    """Regular expressions, matched in full against the dotted module path."""
+
+
+@dataclass(frozen=True)
+class Fp8Targets:
+    """Which checkpoint keys become FP8: `.weight` keys that hold an `include` and no `exclude` substring."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CacheField:
+    """One tensor of a cache file: its name in shared code and in `Conditioning`, and its key in the file.
+
+    layout: `video` -> `<key>_<F>x<H>x<W>_<dtype>`, `varlen` -> `varlen_<key>_<dtype>`, `plain` -> `<key>_<dtype>`,
+    `mask` -> `<key>`. The field named `latents` is the training target, `[C, F, H, W]`.
+    """
+
+    name: str
+    key: str
+    layout: Literal["video", "varlen", "plain", "mask"]
+    file: Literal["latent", "text"]
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """What generation uses when the user says nothing."""
+
+    steps: int
+    guidance: float
+    shift: float | None = None
+    solver: str = "unipc"
+    size: tuple[int, int] = (256, 256)
+    """Width, height in pixels."""
+    frames: int = 81
+    fps: int = 16
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """Facts of a family. Anything that computes belongs in `Family`."""
+
+    name: str
+    """Folder name and name on the command line."""
+    cache_tag: str
+    """Architecture part of cache file names, e.g. `wan`."""
+    architecture: str
+    """`architecture` in cache metadata."""
+    base_model_version: str
+    """`ss_base_model_version` of LoRA files."""
+    modelspec_architecture: str
+    modelspec_implementation: str
+    latents: LatentGeometry
+    adapter: AdapterTargets
+    network_module: str
+    """Established name of the LoRA module, e.g. `networks.lora_wan`."""
+    fp8: Fp8Targets
+    blocks: tuple[str, ...]
+    """Attribute names of the transformer's block lists, in running order."""
+    cache_fields: tuple[CacheField, ...]
+    tasks: Mapping[str, SamplingDefaults]
+    """`--task` values with their sampling defaults."""
+    default_task: str
+    target_fps: float | None = None
+    """Frame rate that training clips are brought to."""
+    resolution_step: int = 16
+    modelspec_resolution: str = "1280x720"
+    option_defaults: Mapping[str, object] = field(default_factory=dict)
+    """Option defaults that differ from the house's, by option name."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to encode: a training item, a preview or a generation request (then `pixels` is None).
+
+    pixels: `[C, F, H, W]` float32 in [-1, 1], already cropped to its bucket. controls: same layout, any sizes.
+    """
+
+    caption: str
+    pixels: Tensor | None = None
+    controls: tuple[Tensor, ...] = ()
+    frames: int = 1
+    height: int = 0
+    width: int = 0
+
+
+class Encoders(Protocol):
+    """Text encoders, image encoders and tokenizers: whatever the family has; opaque to shared code."""
+
+    def to(self, device: torch.device) -> "Encoders": ...
+
+
+class Vae(Protocol):
+    """Pixels `[B, 3, F, H, W]` in [-1, 1] <-> latents `[B, C, F', H', W']` in the scale that the DiT is trained on."""
+
+    def to(self, device: torch.device) -> "Vae": ...
+    def encode(self, pixels: Tensor) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+Dit = nn.Module
+"""A transformer: embed -> run(blocks, h, ctx) -> head; `forward` takes `run`. Block lists are named in the spec."""
+
+
+@runtime_checkable
+class Family(Protocol):
+    """The calls. `options` arguments are the family's own frozen option dataclass (`option_groups`)."""
+
+    spec: FamilySpec
+
+    def option_groups(self, command: str) -> tuple[type, ...]:
+        """The family's own option dataclasses for `cache_latents`, `cache_text`, `train`, `generate`."""
+        ...
+
+    def load_encoders(self, options: Any, *, device: torch.device, dtype: torch.dtype) -> Encoders: ...
+
+    def load_vae(self, path: str, *, device: torch.device, dtype: torch.dtype) -> Vae: ...
+
+    def encode_latents(self, items: Sequence[Item], vae: Vae) -> list[dict[str, Tensor]]:
+        """For items of one shape: what the latent cache holds, by `CacheField.name`."""
+        ...
+
+    def encode_condition(self, items: Sequence[Item], encoders: Encoders) -> list[dict[str, Tensor]]:
+        """What the text cache holds, by `CacheField.name`; may look at the items' images."""
+        ...
+
+    def build_dit(self, header: Header, config: Mapping[str, Any] | None = None) -> Dit:
+        """The transformer on the meta device; sizes from `config`, metadata `musubi.config` or the shapes."""
+        ...
+
+    def rename_dit_key(self, key: str) -> str | None:
+        """Module path of a checkpoint key (prefixes of repackaged files removed); None: the key is dropped."""
+        ...
+
+    def collate(self, entries: Sequence[Mapping[str, Tensor]]) -> Conditioning:
+        """Pad or mask ragged tensors of a batch, by field name. `latents` is left to the caller."""
+        ...
+
+    def predict(self, dit: Dit, x_t: Tensor, t: Tensor, cond: Conditioning, *, run: Run = direct) -> Tensor:
+        """Velocity `[B, C, F, H, W]` at `x_t: [B, C, F, H, W]`, `t: [B]` in (0, 1] (float32 or float64)."""
+        ...
