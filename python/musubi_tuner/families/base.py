@@ -61,15 +61,19 @@ class Fp8Targets:
 class CacheField:
     """One tensor of a cache file: its name in shared code and in `Conditioning`, and its key in the file.
 
-    layout: `video` -> `<key>_<F>x<H>x<W>_<dtype>`, `varlen` -> `varlen_<key>_<dtype>`, `plain` -> `<key>_<dtype>`,
-    `mask` -> `<key>`. The field named `latents` is the training target, `[C, F, H, W]`.
+    layout: `video` -> `<key>_<F>x<H>x<W>_<dtype>` with the tensor's own size, `history` -> the same with the size of
+    `latents` in place of its own, `image` -> like `video`, stored as `[C, H, W]` and given to shared code as
+    `[C, 1, H, W]`; `varlen` -> `varlen_<key>_<dtype>`, `plain` -> `<key>_<dtype>`, `mask` -> `<key>`.
+    The field named `latents` is the training target, `[C, F, H, W]`.
     """
 
     name: str
     key: str
-    layout: Literal["video", "varlen", "plain", "mask"]
+    layout: Literal["video", "history", "image", "varlen", "plain", "mask"]
     file: Literal["latent", "text"]
     required: bool = True
+    numbered: bool = False
+    """Several of a kind: names `<name>_0`, `<name>_1`, ..., keys `<key>_0...`, `<key>_1...`."""
 
 
 @dataclass(frozen=True)
@@ -159,15 +163,26 @@ class Family(Protocol):
     spec: FamilySpec
 
     def option_groups(self, command: str) -> tuple[type, ...]:
-        """The family's own option dataclasses for `cache_latents`, `cache_text`, `train`, `generate`."""
+        """The family's own option dataclasses for `cache_latents`, `cache_text`, `train`, `generate`.
+
+        The first one is what `load_encoders` is handed for that command; at most one more may follow.
+        """
         ...
 
-    def load_encoders(self, options: Any, *, device: torch.device, dtype: torch.dtype) -> Encoders: ...
+    def load_encoders(self, options: Any, *, device: torch.device, dtype: torch.dtype) -> Encoders | None:
+        """The encoders that `options` ask for: text encoders for `cache_text`, image encoders (if the family has
+        any) for `cache_latents`, both for `train` (previews) and `generate`. None: nothing is needed."""
+        ...
 
     def load_vae(self, path: str, *, device: torch.device, dtype: torch.dtype) -> Vae: ...
 
-    def encode_latents(self, items: Sequence[Item], vae: Vae) -> list[dict[str, Tensor]]:
-        """For items of one shape: what the latent cache holds, by `CacheField.name`."""
+    def encode_latents(
+        self, items: Sequence[Item], vae: Vae, encoders: Encoders | None = None
+    ) -> list[list[dict[str, Tensor]]]:
+        """For items of one shape: the latent cache entries of each item, by `CacheField.name`.
+
+        Most families make one entry of an item; a sectioned family makes one of each section, in order.
+        """
         ...
 
     def encode_condition(self, items: Sequence[Item], encoders: Encoders) -> list[dict[str, Tensor]]:
