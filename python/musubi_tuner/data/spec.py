@@ -1,0 +1,397 @@
+"""The dataset file: what a user wrote, checked whole, as frozen values.
+
+A file is `[general]` plus one `[[datasets]]` table per folder or list; a value of a dataset wins over `[general]`,
+which wins over the default. Every fault of a file is found before one is reported, and the report names the file,
+the section, the key, the given value, what is allowed and, for a misspelt key, the nearest known one. Nothing here
+opens a picture: folders are listed in `sources`.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from musubi_tuner.config.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Kind = Literal["image", "video"]
+EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One `[[datasets]]` table with `[general]` and the defaults filled in."""
+
+    number: int
+    """Position in the file, from 1."""
+    where: str
+    """File and section, for messages."""
+    kind: Kind
+    directory: Path | None = None
+    """Folder of pictures or clips; None when `jsonl` lists them."""
+    jsonl: Path | None = None
+    cache_directory: Path | None = None
+    """As written; see `cache_folder`."""
+    resolution: tuple[int, int] = (960, 544)
+    """Width, height."""
+    caption_extension: str | None = None
+    batch_size: int = 1
+    num_repeats: int = 1
+    enable_bucket: bool = False
+    bucket_no_upscale: bool = False
+    target_frames: tuple[int, ...] = (1,)
+    frame_extraction: str = "head"
+    frame_stride: int = 1
+    frame_sample: int = 1
+    max_frames: int = 129
+    source_fps: float | None = None
+    later: tuple[str, ...] = ()
+    """Keys that are valid and have no effect here yet."""
+
+    @property
+    def media(self) -> Path:
+        """The folder, or the list file, that names the items."""
+        path = self.directory or self.jsonl
+        if path is None:
+            raise ValueError(f"{self.where} was not validated: it names neither a folder nor a list")
+        return path
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where cache files go: `cache_directory`, else the folder of the media."""
+        return self.cache_directory or self.media
+
+    @property
+    def caption_suffix(self) -> str:
+        """Ending of caption files; `.txt` when the file does not say."""
+        return self.caption_extension or ".txt"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A whole dataset file."""
+
+    path: Path
+    datasets: tuple[DatasetSpec, ...]
+    warnings: tuple[str, ...] = ()
+
+
+class _Fault(Exception):
+    """What is wrong with one value; the text continues `key = value: `."""
+
+
+def _integer(value: Any, *, minimum: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _Fault(f"a whole number is needed, {minimum} or more")
+    if value < minimum:
+        raise _Fault(f"must be {minimum} or more")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _Fault("true or false is needed, without quotes")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise _Fault("a number above 0 is needed")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise _Fault("a text in quotes is needed")
+    return value
+
+
+def _path(value: Any) -> Path:
+    return Path(_text(value)).expanduser()
+
+
+def _extension(value: Any) -> str:
+    text = _text(value)
+    if not text.startswith("."):
+        raise _Fault(f'must start with a dot, e.g. ".{text}"')
+    return text
+
+
+def _size(value: Any) -> tuple[int, int]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value, value]
+    if not isinstance(value, list) or len(value) != 2:
+        raise _Fault("[width, height] or one whole number is needed")
+    width, height = (_integer(side, minimum=16) for side in value)
+    return (width, height)
+
+
+def _integers(value: Any, *, minimum: int) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise _Fault("a list of whole numbers is needed, e.g. [1, 25]")
+    return tuple(_integer(item, minimum=minimum) for item in value)
+
+
+def _extraction(value: Any) -> str:
+    text = _text(value)
+    if text not in EXTRACTIONS:
+        near = get_close_matches(text, EXTRACTIONS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise _Fault(f"use one of {', '.join(EXTRACTIONS)}{hint}")
+    return text
+
+
+Check = Callable[[Any], Any]
+
+_SHARED: Mapping[str, Check] = {
+    "resolution": _size,
+    "caption_extension": _extension,
+    "batch_size": _integer,
+    "num_repeats": _integer,
+    "enable_bucket": _flag,
+    "bucket_no_upscale": _flag,
+}
+"""Keys of `[general]`, and of every dataset."""
+
+_DATASET: Mapping[str, Check] = {**_SHARED, "cache_directory": _path, "control_directory": _path}
+_IMAGE: Mapping[str, Check] = {
+    "image_directory": _path,
+    "image_jsonl_file": _path,
+    "multiple_target": _flag,
+    "fp_latent_window_size": _integer,
+    "fp_1f_clean_indices": lambda value: _integers(value, minimum=0),
+    "fp_1f_target_index": lambda value: _integer(value, minimum=0),
+    "fp_1f_no_post": _flag,
+    "no_resize_control": _flag,
+    "control_resolution": _size,
+}
+_VIDEO: Mapping[str, Check] = {
+    "video_directory": _path,
+    "video_jsonl_file": _path,
+    "target_frames": lambda value: _integers(value, minimum=1),
+    "frame_extraction": _extraction,
+    "frame_stride": _integer,
+    "frame_sample": _integer,
+    "max_frames": _integer,
+    "source_fps": _number,
+    "fp_latent_window_size": _integer,
+}
+_KEYS: Mapping[Kind, Mapping[str, Check]] = {"image": {**_DATASET, **_IMAGE}, "video": {**_DATASET, **_VIDEO}}
+_MEDIA: Mapping[str, Kind] = {
+    "image_directory": "image",
+    "image_jsonl_file": "image",
+    "video_directory": "video",
+    "video_jsonl_file": "video",
+}
+_RENAMED: Mapping[str, str] = {
+    "flux_kontext_no_resize_control": "no_resize_control",
+    "qwen_image_edit_no_resize_control": "no_resize_control",
+    "qwen_image_edit_control_resolution": "control_resolution",
+}
+"""Earlier spellings; the present one wins where a table has both."""
+
+_LATER = (
+    "control_directory",
+    "multiple_target",
+    "fp_latent_window_size",
+    "fp_1f_clean_indices",
+    "fp_1f_target_index",
+    "fp_1f_no_post",
+    "no_resize_control",
+    "control_resolution",
+)
+"""Known keys of families and modes that are not here yet."""
+
+
+@dataclass
+class _Reader:
+    """Collects the faults of one file while its tables are checked."""
+
+    name: str
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def fault(self, section: str, text: str) -> None:
+        self.faults.append(f"{section}: {text}" if section else text)
+
+    def table(self, given: Mapping[str, Any], checks: Mapping[str, Check], section: str) -> dict[str, Any]:
+        """The known keys of a table with valid values; the others become faults."""
+        found: dict[str, Any] = {}
+        for key, value in given.items():
+            if key not in checks:
+                self.fault(section, _unknown(key, checks, section))
+                continue
+            try:
+                found[key] = checks[key](value)
+            except _Fault as fault:
+                self.fault(section, f"{key} = {_shown(value)}: {fault}")
+        return found
+
+    def dataset(self, number: int, given: Any, general: Mapping[str, Any]) -> DatasetSpec | None:
+        """One `[[datasets]]` table; None when it cannot be understood at all."""
+        section = f"[[datasets]] {number}"
+        if not isinstance(given, dict):
+            self.fault(section, "a table is needed")
+            return None
+        media = [key for key in _MEDIA if key in given]
+        if len(media) != 1:
+            self.fault(section, _which_media(media))
+            return None
+        kind = _MEDIA[media[0]]
+        values = {**general, **self.table(self.renamed(given, section), _KEYS[kind], section)}
+        is_list = media[0].endswith("_jsonl_file")
+        if is_list and "cache_directory" not in given:
+            self.fault(section, f"{media[0]} needs a cache_directory: a list of files has no folder of its own")
+        if media[0] not in values:
+            return None
+        spec = DatasetSpec(number, f"{self.name}, {section}", kind)
+        spec = replace(spec, **{"jsonl" if is_list else "directory": values.pop(media[0])})
+        later = tuple(key for key in _LATER if key in values)
+        return replace(spec, later=later, **{key: value for key, value in values.items() if key not in later})
+
+    def renamed(self, given: Mapping[str, Any], section: str) -> dict[str, Any]:
+        """`given` under the present names of keys that were once spelt otherwise."""
+        result = {key: value for key, value in given.items() if key not in _RENAMED}
+        for old in given:
+            if old in _RENAMED:
+                self.warnings.append(f"{self.name}, {section}: {old} is now called {_RENAMED[old]}")
+                result.setdefault(_RENAMED[old], given[old])
+        return result
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _unknown(key: str, checks: Mapping[str, Check], section: str) -> str:
+    if section == "[general]" and any(key in keys for keys in _KEYS.values()):
+        return f"{key} belongs in [[datasets]]; [general] takes {', '.join(checks)}"
+    other = [kind for kind, keys in _KEYS.items() if key in keys and keys is not checks]
+    if section != "[general]" and other:
+        return f"{key} is for {other[0]} datasets only"
+    near = get_close_matches(key, checks, n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(sorted(checks))}"
+    return f"{key} is not a known key: {hint}"
+
+
+def _which_media(given: list[str]) -> str:
+    if not given:
+        return f"names no pictures or clips: give one of {', '.join(_MEDIA)}"
+    return f"{' and '.join(given)} exclude each other: make a [[datasets]] table for each"
+
+
+def _parsed(text: str, name: str) -> dict[str, Any]:
+    """The tables of a TOML file, or of a JSON file by its ending."""
+    try:
+        loaded = json.loads(text) if name.lower().endswith(".json") else tomllib.loads(text)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{name} cannot be parsed: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"{name} holds no tables: [general] and [[datasets]] are expected")
+    return loaded
+
+
+def _read(text: str, path: Path) -> tuple[_Reader, tuple[DatasetSpec, ...]]:
+    reader = _Reader(path.name)
+    loaded = _parsed(text.removeprefix("\ufeff"), path.name)
+    for key in loaded:
+        if key not in ("general", "datasets"):
+            reader.fault("", f"{key} stands outside [general] and [[datasets]], the two sections there are")
+    general = loaded.get("general", {})
+    tables = loaded.get("datasets", [])
+    if not isinstance(general, dict) or not isinstance(tables, list):
+        raise UserError(f"{path.name}: [general] must be a table and [[datasets]] a list of tables, in double brackets")
+    values = reader.table(general, _SHARED, "[general]")
+    if not tables:
+        reader.fault("", "no [[datasets]] section: add one with image_directory or video_directory")
+    found = [reader.dataset(number, table, values) for number, table in enumerate(tables, start=1)]
+    return reader, tuple(spec for spec in found if spec is not None)
+
+
+def _report(path: Path, faults: list[str]) -> None:
+    if len(faults) == 1:
+        raise UserError(f"{path}: {faults[0]}")
+    if faults:
+        raise UserError(f"{path} has {len(faults)} faults:\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def parse(text: str, path: Path) -> DataConfig:
+    """The dataset file `path` whose content is `text`; folders are not looked at.
+
+    Raises:
+        UserError: naming every fault of the file at once.
+    """
+    reader, datasets = _read(text, path)
+    _report(path, reader.faults)
+    return DataConfig(path, datasets, tuple(reader.warnings))
+
+
+def load(path: str | Path, *, need_media: bool = True) -> DataConfig:
+    """Read and check a dataset file, with its folders.
+
+    Relative paths are taken from the working folder, or from the file's own folder where only that has the media.
+
+    Args:
+        need_media: False accepts a missing media folder where its cache folder is there (training from caches).
+
+    Raises:
+        UserError: naming every fault of the file at once, missing folders included.
+    """
+    path = Path(path).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"dataset file {path} is not there: check --dataset_config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"dataset file {path} cannot be read as text: {error}") from error
+    reader, datasets = _read(text, path)
+    placed = tuple(_placed(spec, path.parent) for spec in datasets)
+    for spec in placed:
+        _check_folders(reader, spec, need_media)
+    _check_cache_folders(reader, placed)
+    _report(path, reader.faults)
+    return DataConfig(path, placed, tuple(reader.warnings))
+
+
+def _placed(spec: DatasetSpec, beside: Path) -> DatasetSpec:
+    """Relative paths of a dataset tied to the working folder, or to `beside` where only that has the media."""
+    known = [path for path in (spec.media, spec.cache_folder) if path.exists() or (beside / path).exists()]
+    base = beside if known and not known[0].exists() else Path()
+    return replace(
+        spec,
+        directory=base / spec.directory if spec.directory else None,
+        jsonl=base / spec.jsonl if spec.jsonl else None,
+        cache_directory=base / spec.cache_directory if spec.cache_directory else None,
+    )
+
+
+def _check_folders(reader: _Reader, spec: DatasetSpec, need_media: bool) -> None:
+    section, media = f"[[datasets]] {spec.number}", spec.media
+    there = media.is_dir() if spec.directory is not None else media.is_file()
+    if not there and (need_media or not spec.cache_folder.is_dir()):
+        wanted = f"{spec.kind}_directory" if spec.directory is not None else f"{spec.kind}_jsonl_file"
+        is_other = "is not a folder" if spec.directory is not None and media.exists() else "is not there"
+        reader.fault(section, f'{wanted} = "{media}" {is_other} (working folder {Path.cwd()})')
+    if spec.cache_folder.exists() and not spec.cache_folder.is_dir():
+        reader.fault(section, f'cache_directory = "{spec.cache_folder}" is a file: a folder is needed')
+
+
+def _check_cache_folders(reader: _Reader, datasets: tuple[DatasetSpec, ...]) -> None:
+    """Two datasets with one cache folder would overwrite each other's files."""
+    owner: dict[Path, int] = {}
+    for spec in datasets:
+        folder = spec.cache_folder.resolve()
+        first = owner.setdefault(folder, spec.number)
+        if first != spec.number:
+            reader.fault(
+                f"[[datasets]] {spec.number}",
+                f'keeps its caches in "{folder}" like [[datasets]] {first}: give each its own cache_directory',
+            )
