@@ -1,0 +1,174 @@
+"""The `musubi` command and the scripts of established name: a table of commands, their options, and exit codes.
+
+A command is a kind (`train`, `cache_latents`, `cache_text`, `generate`) and a family; the module that does the work is
+imported only when its command runs, so `musubi --help` needs no torch. Exit codes: 0 done, 2 a fault that the user can
+mend (one sentence), 130 stopped by Ctrl-C, 1 anything else (with its traceback).
+"""
+
+import importlib.util
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+from musubi_tuner import console
+from musubi_tuner.config.errors import UserError
+from musubi_tuner.config.fields import canonical, nearest
+from musubi_tuner.config.known import known_elsewhere
+from musubi_tuner.config.options import parse
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What all families share of a command: the module that works, its option groups and its entry."""
+
+    title: str
+    module: str
+    groups: str
+    entry: str
+
+
+@dataclass(frozen=True)
+class Script:
+    """An established script name: a kind of command for a family."""
+
+    kind: str
+    family: str
+
+
+KINDS = {
+    "cache_latents": Kind(
+        "encode a data set's images and videos", "data.build_cache", "LATENT_GROUPS", "cache_latents"
+    ),
+    "cache_text": Kind("encode a data set's captions", "data.build_cache", "TEXT_GROUPS", "cache_text"),
+    "train": Kind("train a LoRA", "training.run", "GROUPS", "run"),
+    "generate": Kind("generate images and videos", "sampling.generate", "GROUPS", "run"),
+}
+
+SCRIPTS = {
+    "wan_cache_latents": Script("cache_latents", "wan"),
+    "wan_cache_text_encoder_outputs": Script("cache_text", "wan"),
+    "wan_train_network": Script("train", "wan"),
+    "wan_generate_video": Script("generate", "wan"),
+}
+
+TOOLS = {
+    "doctor": ("musubi_tuner.tools.doctor", "versions, devices, kernel backends, and what is missing for what"),
+    "demo": ("musubi_tuner.tools.demo.run", "the whole main job on real pictures, in minutes on a CPU"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`musubi ...`: run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded("musubi", lambda: _dispatch(words))
+
+
+def script(name: str) -> NoReturn:
+    """Run an established script with this process's command line, and exit."""
+    sys.exit(guarded(name, lambda: _run_kind(SCRIPTS[name], sys.argv[1:], prog=name)))
+
+
+def guarded(prog: str, work: Callable[[], int]) -> int:
+    """The exit code of `work`, with its exceptions told as the module's docstring says."""
+    try:
+        return work()
+    except UserError as fault:
+        console.fault(prog, str(fault))
+        return 2
+    except KeyboardInterrupt:
+        console.fault(prog, "stopped by Ctrl-C")
+        return 130
+    except BrokenPipeError:  # `musubi ... --help | head`: nobody reads on
+        sys.stderr.close()
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        console.show(overview())
+        return 0
+    if words[0] == "--version":
+        console.show(import_module("musubi_tuner").__version__)
+        return 0
+    name, rest = canonical(words[0]), words[1:]
+    if name in TOOLS:
+        console.configure()
+        _find_kernels()
+        return int(import_module(TOOLS[name][0]).main(list(rest)))
+    if name in SCRIPTS:
+        return _run_kind(SCRIPTS[name], rest, prog=f"musubi {name}")
+    if name in KINDS:
+        families = sorted({s.family for s in SCRIPTS.values() if s.kind == name})
+        if not rest or rest[0].startswith("-") or rest[0] not in families:
+            given = (
+                f"family {rest[0]!r} is not known" if rest and not rest[0].startswith("-") else "no family was given"
+            )
+            raise UserError(f"{given}: use `musubi {name} FAMILY ...` with one of {', '.join(families)}")
+        return _run_kind(Script(name, rest[0]), rest[1:], prog=f"musubi {name} {rest[0]}")
+    close = nearest(name, [*SCRIPTS, *KINDS, *TOOLS], 0.6)
+    raise UserError(
+        f"{words[0]!r} is not a command" + (f"; did you mean {close}?" if close else "; see `musubi --help`")
+    )
+
+
+def overview() -> str:
+    """The page of `musubi --help`."""
+    rows = [(f"{kind} FAMILY", row.title) for kind, row in KINDS.items()] + [
+        (n, text) for n, (_, text) in TOOLS.items()
+    ]
+    lines = ["usage: musubi COMMAND [--option value ...]", "", "commands:"]
+    lines += [f"  {name:<22}{text}" for name, text in rows]
+    lines += ["", "families: " + ", ".join(sorted({s.family for s in SCRIPTS.values()})), ""]
+    lines.append("the same under established names (also as files and with -m):")
+    lines += [f"  {name:<34}{s.kind} {s.family}" for name, s in SCRIPTS.items()]
+    lines += ["", "`musubi COMMAND FAMILY --help` lists the options; `musubi --version` tells the version."]
+    return "\n".join(lines)
+
+
+def _run_kind(which: Script, argv: Sequence[str], *, prog: str) -> int:
+    """Parse the options of a command and do its work."""
+    _find_kernels()
+    from musubi_tuner.families import registry
+
+    family = registry.get(which.family)
+    kind = KINDS[which.kind]
+    module = import_module(f"musubi_tuner.{kind.module}")
+    options = parse(
+        (*getattr(module, kind.groups), *family.option_groups(which.kind)),
+        argv,
+        prog=prog,
+        description=f"{kind.title[0].upper()}{kind.title[1:]} ({which.family}).",
+        defaults=family.spec.option_defaults,
+        elsewhere=known_elsewhere(established_name(which)),
+    )
+    console.configure()
+    for warning in options.warnings:
+        log.warning("%s", warning)
+    asked = options.help or options.print_config
+    if asked:
+        console.show(asked)
+        return 0
+    getattr(module, kind.entry)(family, options)
+    return 0
+
+
+def established_name(which: Script) -> str:
+    """The script name of a kind and family."""
+    return next(name for name, row in SCRIPTS.items() if row == which)
+
+
+def _find_kernels() -> None:
+    """In a checkout where nothing is installed, musubi_kernels lies in the folder `kernels` beside ours."""
+    folder = Path(__file__).resolve().parents[2] / "kernels"
+    if folder.is_dir() and importlib.util.find_spec("musubi_kernels") is None:
+        sys.path.append(str(folder))
