@@ -90,7 +90,7 @@ def _line_of(path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> int | 
     return None
 
 
-_KEY_PART = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'([^']*)'|([A-Za-z0-9_-]+))\s*""")
+_KEY_PART = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|[A-Za-z0-9_-]+)\s*""")
 _STRING = re.compile(
     r'"""(?:[^\\]|\\.)*?"""+' + r"|'''.*?'''+" + r'|"(?:[^"\\\n]|\\.)*"' + r"|'[^'\n]*'|#[^\n]*", re.DOTALL
 )
@@ -134,7 +134,8 @@ def _key_path(text: str) -> tuple[str, ...]:
     parts = []
     position = 0
     while match := _KEY_PART.match(text, position):
-        parts.append(next(g for g in match.groups() if g is not None))
+        (part,) = tomllib.loads(f"{match.group(1)} = 0")  # the parser knows all escapes
+        parts.append(part)
         position = match.end()
         if text[position : position + 1] != ".":
             break
