@@ -1,0 +1,101 @@
+"""`y = x @ dequant(q)^T + bias` on FP8 weights, differentiable in x and bias; autograd keeps q and the scales only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from musubi_kernels._checks import autocast, check_activation, check_bias, rows_of
+from musubi_kernels._explain import Plan, planned_by
+from musubi_kernels._formats import check_pair, format_of
+from musubi_kernels._op import Op
+from musubi_kernels.ops.fp8_linear import reference
+
+
+def _forward_fake(
+    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, fmt: str
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], q.shape[0]))
+
+
+def _dx_fake(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str) -> torch.Tensor:
+    return grad.new_empty((*grad.shape[:-1], q.shape[1]))
+
+
+FORWARD = Op("fp8_linear", "(Tensor x, Tensor q, Tensor scale, Tensor? bias, str fmt) -> Tensor", _forward_fake)
+FORWARD.serve("reference", reference.fp8_linear)
+
+INPUT_GRADIENT = Op("fp8_linear_dx", "(Tensor grad, Tensor q, Tensor scale, str fmt) -> Tensor", _dx_fake)
+INPUT_GRADIENT.serve("reference", reference.fp8_linear_dx)
+
+
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, q, scale, bias, fmt = inputs
+    ctx.save_for_backward(q, scale)
+    ctx.fmt = fmt
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _forward_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    q, scale = ctx.saved_tensors
+    dx = INPUT_GRADIENT(grad, q, scale, ctx.fmt) if ctx.needs_input_grad[0] else None
+    dbias = bias_gradient(grad, ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    return dx, None, None, dbias, None
+
+
+def bias_gradient(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """db = sum of dY over its rows, summed in float32 (float64 stays) and given in the bias's dtype."""
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=wide).to(dtype)
+
+
+def _dx_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _, q, scale, fmt = inputs
+    ctx.save_for_backward(q, scale)
+    ctx.fmt = fmt
+
+
+def _dx_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    q, scale = ctx.saved_tensors
+    return FORWARD(grad, q, scale, None, ctx.fmt), None, None, None
+
+
+FORWARD.derivative(_forward_setup, _forward_backward)
+INPUT_GRADIENT.derivative(_dx_setup, _dx_backward)
+
+
+def _plan(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> Plan:
+    fmt = format_of(q)
+    if q.ndim != 2:
+        raise ValueError(f"q {list(q.shape)}: a linear layer's weight is [N, K]")
+    mode = check_pair(q, scale)
+    n, k = q.shape
+    x = autocast(x)
+    check_activation(x, n, k, q, "q")
+    check_bias(bias, n, x)
+    sizes = f"M={rows_of(x)}, N={n}, K={k}, {mode} scales, {fmt.name}, x {x.dtype}"
+    return Plan(FORWARD, (x, q.detach().view(torch.uint8), scale.detach(), bias, fmt.name), sizes)
+
+
+def fp8_linear(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """y = x @ (q * scale)^T + bias.
+
+    Args:
+        x: [..., K] bf16|fp16|fp32, any strides; autocast applies to it as to `torch.nn.functional.linear`.
+        q: [N, K] float8_e4m3fn|float8_e5m2.
+        scale: [N, K/B, 1], [N, 1], [] or [1], float32|bf16|fp16.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in x's dtype, accumulated in float32. Differentiable in x and bias; q and scale are constants.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit, with the values.
+    """
+    plan = _plan(x, q, scale, bias)
+    y: torch.Tensor = plan.op(*plan.args)
+    return y
+
+
+planned_by(fp8_linear, _plan)

@@ -1,0 +1,158 @@
+"""Quantise a weight to FP8 with absmax scales, and back.
+
+`scale = absmax(group) / largest`, computed in the scale's dtype (a bf16 scale is rounded to bf16 before anything is
+divided by it), clamped to at least 1e-8; `q = cast(clamp(w / scale))` in float32 with ties to even. A group is a block
+of K, a row, or the whole tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from musubi_kernels._explain import Plan, planned_by
+from musubi_kernels._formats import (
+    FORMATS,
+    SCALE_DTYPES,
+    Mode,
+    check_pair,
+    format_named,
+    format_of,
+    resolve_mode,
+)
+from musubi_kernels._op import Op
+from musubi_kernels.ops.fp8_quantize import reference
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _scale_shape(shape: torch.Size, mode: Mode, block: int) -> list[int]:
+    if mode == "block":
+        return [shape[0], shape[1] // block, 1]
+    return [shape[0], 1] if mode == "channel" else []
+
+
+def _quantize_fake(
+    w: torch.Tensor, mode: Mode, block: int, scale_dtype: torch.dtype, fmt: str, search: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    return q, torch.empty(_scale_shape(w.shape, mode, block), dtype=scale_dtype, device=w.device)
+
+
+def _dequantize_fake(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(q.shape, dtype=dtype, device=q.device)
+
+
+QUANTIZE = Op(
+    "fp8_quantize",
+    "(Tensor w, str mode, int block, ScalarType scale_dtype, str fmt, str search) -> (Tensor, Tensor)",
+    _quantize_fake,
+)
+QUANTIZE.serve("reference", reference.quantize)
+
+DEQUANTIZE = Op(
+    "fp8_dequantize",
+    "(Tensor q, Tensor scale, str fmt, ScalarType dtype) -> Tensor",
+    _dequantize_fake,
+)
+DEQUANTIZE.serve("reference", reference.dequantize)
+
+
+def _plan_quantize(
+    w: torch.Tensor,
+    *,
+    mode: str = "block",
+    block_size: int = 64,
+    fmt: str = "e4m3",
+    scale_dtype: torch.dtype | None = None,
+    search: str | None = None,
+) -> Plan:
+    if w.dtype not in WEIGHT_DTYPES:
+        raise ValueError(
+            f"w has dtype {w.dtype}: only bfloat16, float16 and float32 weights are quantised; "
+            "an FP8 or integer weight is quantised already, so use it as it is or dequantise it first"
+        )
+    if search not in (None, "mse"):
+        raise ValueError(f"search = {search!r}: use None (absmax scales) or 'mse'")
+    largest = format_named(fmt).largest
+    layout = resolve_mode(w.shape, mode, block_size)
+    wanted = scale_dtype or w.dtype
+    if wanted not in SCALE_DTYPES:
+        raise ValueError(f"scale_dtype = {wanted}: use {', '.join(str(d) for d in SCALE_DTYPES)}")
+    if wanted == torch.float16 and not _fits_float16(w, layout, block_size, largest):
+        wanted = torch.float32
+    sizes = f"{list(w.shape)} {w.dtype} to {fmt}, {layout} scales in {wanted}"
+    return Plan(QUANTIZE, (w.detach(), layout, block_size, wanted, fmt, search or ""), sizes)
+
+
+def quantize_fp8(
+    w: torch.Tensor,
+    *,
+    mode: str = "block",
+    block_size: int = 64,
+    fmt: str = "e4m3",
+    scale_dtype: torch.dtype | None = None,
+    search: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(q, scale) with `q * scale ~ w`; q has w's shape in FP8.
+
+    Args:
+        w: any shape, bf16|fp16|fp32; it may be strided.
+        mode: `block` falls back to `channel` where block_size does not divide the rows, and both to `tensor` where w
+            is not 2-D; `fp8_mode(scale)` tells which came out.
+        block_size: weights per scale along the last dimension.
+        fmt: `e4m3` or `e5m2`.
+        scale_dtype: default w's; float32 is used where float16 would make a scale subnormal or infinite.
+        search: `mse` tries 65 factors between 0.6 and 2.2 of each absmax scale and keeps the least squared error.
+
+    Raises:
+        ValueError: w is FP8, integer or float64, holds inf or NaN (with its position), or an option is unknown.
+    """
+    plan = _plan_quantize(w, mode=mode, block_size=block_size, fmt=fmt, scale_dtype=scale_dtype, search=search)
+    q, scale = plan.op(*plan.args)
+    if not bool(torch.isfinite(scale).all()):
+        _raise_not_finite(w)
+    return q.view(FORMATS[fmt].dtype), scale
+
+
+def _fits_float16(w: torch.Tensor, mode: Mode, block: int, largest: float) -> bool:
+    if w.numel() == 0:
+        return True
+    groups = w.reshape([*_scale_shape(w.shape, mode, block)[:2], -1])
+    peak = groups.detach().abs().amax(-1).float()
+    exact, limits = peak / largest, torch.finfo(torch.float16)
+    return not bool(((peak > 0) & ((exact < limits.tiny) | (exact > limits.max)) & peak.isfinite()).any())
+
+
+def _raise_not_finite(w: torch.Tensor) -> None:
+    places = (~torch.isfinite(w)).nonzero()
+    if len(places) == 0:
+        raise ValueError(f"a scale of w {list(w.shape)} overflows the scale's dtype; use scale_dtype=torch.float32")
+    first = places[0].tolist()
+    raise ValueError(
+        f"w {list(w.shape)} holds {w[tuple(first)].item()} at {first} ({len(places)} such values): "
+        "a weight to quantise must be finite; the checkpoint is damaged or overflowed when it was cast"
+    )
+
+
+def _plan_dequantize(q: torch.Tensor, scale: torch.Tensor, *, dtype: torch.dtype | None = None) -> Plan:
+    fmt = format_of(q)
+    mode = check_pair(q, scale)
+    wanted = dtype or scale.dtype
+    if wanted not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype = {wanted}: use bfloat16, float16 or float32")
+    sizes = f"{list(q.shape)} {fmt.name}, {mode} scales, to {wanted}"
+    return Plan(DEQUANTIZE, (q.detach().view(torch.uint8), scale.detach(), fmt.name, wanted), sizes)
+
+
+def dequantize_fp8(q: torch.Tensor, scale: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`w = round(float32(q) * float32(scale))` in `dtype` (default the scale's), with q's shape.
+
+    Raises ValueError where q is not FP8 or the scale's shape does not fit it.
+    """
+    plan = _plan_dequantize(q, scale, dtype=dtype)
+    result: torch.Tensor = plan.op(*plan.args)
+    return result
+
+
+planned_by(quantize_fp8, _plan_quantize)
+planned_by(dequantize_fp8, _plan_dequantize)
