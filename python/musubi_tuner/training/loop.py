@@ -1,0 +1,129 @@
+"""Epochs and steps: batches are grouped, the rate is set, the step is made, and the observers are told.
+
+Saving, previews, progress bars and trackers are observers; none is known here. Where the run stands is one object,
+`State`, and every random number is keyed, so a run that starts from a stored state continues the same sequence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from musubi_tuner.config.errors import UserError
+from musubi_tuner.training.events import EpochRecord, Observer, State, StepRecord
+from musubi_tuner.training.step import Step
+
+if TYPE_CHECKING:
+    from musubi_tuner.data.batches import Batch, BatchSource
+
+
+@dataclass(frozen=True)
+class Plan:
+    """max_steps: total of optimiser steps. accumulation: micro-batches per step; an epoch's rest makes a step too."""
+
+    max_steps: int
+    accumulation: int = 1
+
+    def steps_per_epoch(self, batches: int) -> int:
+        return -(-batches // self.accumulation)
+
+    def epochs(self, batches: int) -> int:
+        """Epochs that are begun."""
+        return -(-self.max_steps // self.steps_per_epoch(batches))
+
+
+class Rate(Protocol):
+    """Sets the learning rates of `optimizer` for step number `step`, from 0 (`optim.schedules`)."""
+
+    def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> None: ...
+
+
+def train(
+    step: Step,
+    source: BatchSource,
+    plan: Plan,
+    *,
+    rate: Rate | None = None,
+    observers: Sequence[Observer] = (),
+    state: State | None = None,
+) -> State:
+    """Train until `plan.max_steps`. `rate`: None leaves the optimiser's rates as they are.
+
+    Raises UserError for an empty source or a loss that is not finite.
+    """
+    state = State() if state is None else state
+    if len(source) == 0:
+        raise UserError("the data set has no batch to train on: check the folders and captions it names")
+    recent: deque[float] = deque(maxlen=plan.steps_per_epoch(len(source)))
+    for observer in observers:
+        observer.start(state)
+    while state.step < plan.max_steps:
+        losses = []
+        for group in _groups(source, state, plan.accumulation):
+            record = _one(step, group, rate, state, recent)
+            losses.append(record.loss)
+            for observer in observers:
+                observer.step_end(record)
+            if state.step == plan.max_steps:
+                break
+        _end_epoch(state, len(source), plan, losses, observers)
+    for observer in observers:
+        observer.finish(state)
+    return state
+
+
+def _groups(source: BatchSource, state: State, size: int) -> Iterator[list[Batch]]:
+    """Micro-batches of each step to the end of the epoch."""
+    group: list[Batch] = []
+    for batch in source.epoch(state.epoch + 1, state.batch):
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _one(step: Step, group: list[Batch], rate: Rate | None, state: State, recent: deque[float]) -> StepRecord:
+    """Make one step and advance the state."""
+    started = time.perf_counter()
+    if rate is not None:
+        rate(step.optimizer, state.step)
+    rates = group_rates(step.optimizer)
+    result = step(group)
+    state.step += 1
+    state.batch += len(group)
+    recent.append(result.loss)
+    return StepRecord(
+        step=state.step,
+        epoch=state.epoch + 1,
+        loss=result.loss,
+        average=sum(recent) / len(recent),
+        grad_norm=result.grad_norm,
+        rates=rates,
+        seconds=time.perf_counter() - started,
+        items=sum(len(batch.items) for batch in group),
+    )
+
+
+def _end_epoch(state: State, batches: int, plan: Plan, losses: list[float], observers: Sequence[Observer]) -> None:
+    """Count a completed epoch and tell it; one that `max_steps` cut short is not completed."""
+    if state.batch < batches:
+        if state.step < plan.max_steps:
+            raise RuntimeError(f"the source promised {batches} batches an epoch and gave {state.batch}")
+        return
+    state.epoch, state.batch = state.epoch + 1, 0
+    mean = sum(losses) / len(losses)
+    record = EpochRecord(state.epoch, state.step, mean, last=state.step >= plan.max_steps)
+    for observer in observers:
+        observer.epoch_end(record)
+
+
+def group_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Learning rate of every parameter group by `group["name"]`, or by number."""
+    return {str(group.get("name", i)): float(group["lr"]) for i, group in enumerate(optimizer.param_groups)}

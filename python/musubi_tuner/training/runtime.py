@@ -1,0 +1,136 @@
+"""Where a training run happens: device, precision, processes. The only module that knows accelerate.
+
+The loop sees the `Runtime` protocol. `LocalRuntime` is plain torch and needs no launcher, which is what library use
+and tests want; `launched` asks accelerate (its launcher's environment, its config file) which device, precision and
+process group this process has, and returns the same class filled in.
+
+Models are not wrapped for several processes: the trained tensors' gradients are averaged between backward and
+clipping. A LoRA's gradients are small, and a family's `predict` may then look at any attribute of its model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from musubi_tuner.config.errors import UserError
+
+Precision = Literal["no", "fp16", "bf16"]
+_DTYPES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Runtime(Protocol):
+    """What the step needs of the place it runs in."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    def autocast(self) -> AbstractContextManager[None]:
+        """The context of the forward pass."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss`."""
+        ...
+
+    def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+        """Average the gradients over processes, clip them to the joint L2 norm `max_norm` (0: no clipping), step,
+        and clear them. Returns the norm before clipping."""
+        ...
+
+    def average(self, value: float) -> float:
+        """The mean of `value` over the processes."""
+        ...
+
+
+class LocalRuntime:
+    """Plain torch: autocast by `precision`, a loss scaler for fp16, gradients averaged when `world` > 1."""
+
+    def __init__(
+        self, device: torch.device | str = "cpu", precision: Precision = "no", *, rank: int = 0, world: int = 1
+    ) -> None:
+        self.device, self.precision = torch.device(device), precision
+        self.rank, self.world = rank, world
+        if precision not in ("no", *_DTYPES):
+            raise UserError(f"mixed_precision = {precision!r}: use no, fp16 or bf16")
+        if precision == "fp16" and self.device.type != "cuda":
+            raise UserError(f"mixed_precision = fp16 needs a CUDA device, this is {self.device}: use bf16 or no")
+        self._scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of autocast; None without."""
+        return _DTYPES.get(self.precision)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+
+    def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+        if self.world > 1:
+            average_gradients(parameters, self.world)
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
+        if self._scaler is None:
+            optimizer.step()
+        else:
+            self._scaler.step(optimizer)
+            self._scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def average(self, value: float) -> float:
+        if self.world == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total) / self.world
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], world: int) -> None:
+    """Replace every gradient by its mean over the processes; one message per dtype. A missing gradient counts as 0."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(flat)
+        flat /= world
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def launched(mixed_precision: str | None = None) -> LocalRuntime:
+    """The runtime of this process as accelerate's launcher or config has it. `mixed_precision`: None = the launcher's.
+
+    Raises UserError for launches that this trainer does not support (DeepSpeed, FSDP, fp8 autocast).
+    """
+    from accelerate import Accelerator
+
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision)
+    except ValueError as fault:
+        raise UserError(f"accelerate cannot start with mixed_precision = {mixed_precision}: {fault}") from fault
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
+        raise UserError(f"the launcher asks for {kind}: use a plain launch (`accelerate launch --num_processes N ...`)")
+    if accelerator.mixed_precision == "fp8":
+        raise UserError("the launcher asks for mixed_precision = fp8: use bf16, and --fp8_base for FP8 weights")
+    precision: Precision = accelerator.mixed_precision
+    return LocalRuntime(accelerator.device, precision, rank=accelerator.process_index, world=accelerator.num_processes)

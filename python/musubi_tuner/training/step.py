@@ -1,0 +1,165 @@
+"""One training step, to be read in one sitting: draw, mix, predict, weigh, backward, update.
+
+    x_t = (1 - t) x0 + t e,   loss = mean over items of w(t) (v(x_t, t) - (e - x0))^2
+
+Nothing here knows a family, an adapter or a launcher: `predict` is any callable (x_t, t, conditioning) -> v, the
+parameters may be an adapter's or the whole model's, and the numbers e and t come from a `Draws`. From a library:
+
+    from musubi_tuner.training.loop import Plan, train
+    from musubi_tuner.training.runtime import LocalRuntime
+    from musubi_tuner.training.step import KeyedDraws, Step
+
+    predict = lambda x_t, t, cond: family.predict(dit, x_t, t, cond)        # or any module of your own
+    parameters = [p for p in dit.parameters() if p.requires_grad]           # full fine-tuning, or adapters.parameters()
+    step = Step(
+        predict=predict,
+        parameters=parameters,
+        optimizer=torch.optim.AdamW(parameters, lr=1e-3),
+        draws=KeyedDraws(seed=7),                                           # uniform t; or distribution=...
+        runtime=LocalRuntime("cpu"),
+    )
+    train(step, source, Plan(max_steps=500), observers=[...])               # source: any BatchSource
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.config.errors import UserError
+from musubi_tuner.flow import keyed, path
+from musubi_tuner.flow.timesteps import Distribution, uniform
+from musubi_tuner.flow.weighting import Weight
+from musubi_tuner.training.runtime import LocalRuntime, Runtime
+
+if TYPE_CHECKING:
+    from musubi_tuner.data.batches import Batch
+
+Predict = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
+"""(x_t [B, C, F, H, W] float32, t [B] float64, conditioning on the device) -> v [B, C, F, H, W]."""
+
+
+class Draws(Protocol):
+    """The random numbers of a batch."""
+
+    def noise(self, batch: Batch) -> Tensor:
+        """e, of the shape of `batch.latents`."""
+        ...
+
+    def t(self, batch: Batch) -> Tensor:
+        """[B] float64 in (0, 1]."""
+        ...
+
+    def dropout_seed(self, batch: Batch) -> int:
+        """Seed of whatever else is random in the forward pass."""
+        ...
+
+
+@dataclass(frozen=True)
+class KeyedDraws:
+    """Draws that depend on (seed, epoch, item) alone. `distribution`: latent shape [C, F, H, W] -> that of t."""
+
+    seed: int
+    distribution: Callable[[Sequence[int]], Distribution] = lambda _shape: uniform()
+
+    def noise(self, batch: Batch) -> Tensor:
+        shape = batch.latents.shape[1:]
+        return torch.stack([keyed.normal(shape, self.seed, batch.epoch, item, "noise") for item in batch.items])
+
+    def t(self, batch: Batch) -> Tensor:
+        u = torch.stack([keyed.uniform((), self.seed, batch.epoch, item, "t") for item in batch.items])
+        return self.distribution(batch.latents.shape[1:]).quantile(u)
+
+    def dropout_seed(self, batch: Batch) -> int:
+        return keyed.seed_of(self.seed, batch.epoch, batch.items[0], "dropout")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the step's items, averaged over processes. grad_norm: joint L2 norm before clipping."""
+
+    loss: float
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Everything that one optimiser step needs; call it with the micro-batches of the step.
+
+    weight: w(t), None for 1. timestep_offset: the model is told t + offset / 1000; mixing and target use t.
+    max_grad_norm: 0 does not clip.
+    """
+
+    predict: Predict
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    draws: Draws
+    runtime: Runtime = field(default_factory=LocalRuntime)
+    weight: Weight | None = None
+    timestep_offset: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __call__(self, group: Sequence[Batch]) -> StepResult:
+        """Forward and backward over `group`, each item with the same weight, then one update.
+
+        Raises UserError when the loss is not finite; the parameters are then as before the step.
+        """
+        items = sum(len(batch.items) for batch in group)
+        total = torch.zeros((), device=self.runtime.device)
+        for batch in group:
+            part = self.loss(batch) * (len(batch.items) / items)
+            self.runtime.backward(part)
+            total += part.detach()
+        loss = self.runtime.average(float(total))
+        if not math.isfinite(loss):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise UserError(f"the loss is {loss}: {_REMEDY} (items {', '.join(str(i) for i in group[0].items)} ...)")
+        return StepResult(loss, self.runtime.update(self.optimizer, self.parameters, self.max_grad_norm))
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The weighted flow-matching loss of a batch, a scalar with gradient."""
+        device = self.runtime.device
+        x0, noise = batch.latents.to(device, torch.float32), self.draws.noise(batch).to(device, torch.float32)
+        t = self.draws.t(batch).to(device)
+        x_t, target = path.interpolate(x0, noise, t), path.velocity(x0, noise)
+        cond = to_device(batch.cond, device)
+        with _seeded(self.draws.dropout_seed(batch), device), self.runtime.autocast():
+            v = self.predict(x_t, t + self.timestep_offset / 1000, cond)
+        error = (v.to(torch.float32) - target) ** 2
+        if self.weight is not None:
+            error = error * path.expand(self.weight(t), error)
+        return error.mean()
+
+
+_REMEDY = "lower --learning_rate, keep --max_grad_norm at 1, use bf16 rather than fp16, or check the cached latents"
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in it (mappings, lists and tuples are searched) on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: to_device(part, device) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(to_device(part, device) for part in value)
+    return value
+
+
+class _seeded:
+    """A context in which torch's own generators start from `seed`, as dropout has no other source; restored after."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed = seed
+        self._fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        torch.manual_seed(self._seed)
+
+    def __exit__(self, *fault: Any) -> None:
+        self._fork.__exit__(*fault)
