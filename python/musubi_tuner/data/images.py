@@ -1,0 +1,81 @@
+"""Pictures: their size without decoding them, and their pixels as RGB.
+
+The orientation tag of cameras is applied. Transparency is dropped (the colours under it stay), 16-bit grey is
+brought to 8 bits, every other mode is converted to RGB by Pillow.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from musubi_tuner.data.buckets import Size, to_bucket
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"})
+
+_ORIENTATION_TAG = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each value of the orientation tag."""
+
+
+def image_size(path: Path) -> Size:
+    """Width and height as the picture is meant to be seen, from its header.
+
+    Raises:
+        ValueError: not a picture, or not readable.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return (height, width) if _orientation(image) >= 5 else (width, height)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(_why(error)) from error
+
+
+def read_image(path: Path, bucket: Size) -> NDArray[np.uint8]:
+    """Pixels `[H, W, 3]`, turned upright and brought to `bucket`.
+
+    Raises:
+        ValueError: the picture cannot be decoded, e.g. because it is cut short.
+    """
+    try:
+        with Image.open(path) as image:
+            turn = _TURNS.get(_orientation(image))
+            image.load()
+            rgb = _rgb(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(_why(error)) from error
+    return to_bucket(rgb if turn is None else rgb.transpose(turn), bucket)
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "is not a picture that Pillow knows"
+    return f"cannot be read as a picture ({error})"
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation tag, 1 where there is none. Pillow would decode a whole PNG to look for a late tag."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    return int(image.getexif().get(_ORIENTATION_TAG, 1))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
+        grey = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(np.floor(np.clip(grey, 0, 255) + 0.5).astype(np.uint8)).convert("RGB")
+    if image.mode in ("P", "PA", "LA"):
+        image = image.convert("RGBA")
+    return image.convert("RGB")
