@@ -1,0 +1,167 @@
+"""Pre-training of the demo's DiT: full fine-tuning of a small Wan from noise, through the project's own loop.
+
+Images first, then images with a small share of clips: mixed from the start, the digits came out worse in the same
+time. The weights that are shipped are an exponential average, which costs nothing and samples better.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.flow import keyed
+from musubi_tuner.tools.demo.shelf import DigitBatches
+from musubi_tuner.training.loop import Observer, Plan, Quiet, State, StepRecord, train
+from musubi_tuner.training.runtime import LocalRuntime
+from musubi_tuner.training.step import KeyedDraws, Predict, Step
+
+
+@dataclass(frozen=True)
+class DitRecipe:
+    """What made the shipped DiT."""
+
+    seed: int = 20261124
+    steps: int = 7500
+    images_only: float = 0.6
+    """Share of the steps before clips come in."""
+    rate: float = 1.5e-3
+    last_rate: float = 3e-5
+    warmup: int = 150
+    average: float = 0.999
+    save_every: int = 250
+
+    def rate_at(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to `last_rate`."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.last_rate + (self.rate - self.last_rate) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate_at(step)
+
+
+def initialize(dit: nn.Module, seed: int) -> None:
+    """Fill a transformer on the meta device: seeded Glorot weights, unit norms, no biases, a silent head."""
+    tensors = {name: _initial(name, p.shape, seed) for name, p in dit.named_parameters()}
+    dit.load_state_dict(tensors, assign=True)
+    dit.requires_grad_(True)
+
+
+def _initial(name: str, shape: torch.Size, seed: int) -> Tensor:
+    if name == "head.head.weight" or name.endswith("bias"):
+        return torch.zeros(shape)
+    if "modulation" in name:
+        return keyed.normal(shape, seed, "dit", name) / math.sqrt(shape[-1])
+    if len(shape) == 1:
+        return torch.ones(shape)
+    fan_out, fan_in = shape[0], math.prod(shape[1:])
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    return (2 * keyed.uniform(shape, seed, "dit", name, dtype=torch.float32) - 1) * bound
+
+
+class Average(Quiet):
+    """Keeps an exponential average of the weights, and the run's whole state on disk."""
+
+    def __init__(self, dit: nn.Module, optimizer: torch.optim.Optimizer, recipe: DitRecipe, file: Path) -> None:
+        self.dit, self.optimizer, self.recipe, self.file = dit, optimizer, recipe, file
+        self.weights = {name: p.detach().clone() for name, p in dit.named_parameters()}
+        self.state = State()
+
+    def start(self, state: State) -> None:
+        self.state = state
+
+    @torch.no_grad()
+    def step_end(self, record: StepRecord) -> None:
+        decay = min(self.recipe.average, (record.step + 1) / (record.step + 10))
+        for name, p in self.dit.named_parameters():
+            self.weights[name].lerp_(p, 1 - decay)
+        if record.step % self.recipe.save_every == 0 or record.step == self.recipe.steps:
+            self.save()
+
+    def save(self) -> None:
+        content = {
+            "dit": self.dit.state_dict(),
+            "average": self.weights,
+            "optimizer": self.optimizer.state_dict(),
+            "position": (self.state.step, self.state.epoch, self.state.batch),
+        }
+        part = self.file.with_suffix(".part")
+        torch.save(content, part)
+        part.replace(self.file)
+
+    def resume(self) -> State:
+        """Take everything from the file, where there is one; where the run stands."""
+        if not self.file.exists():
+            return State()
+        content = torch.load(self.file, weights_only=True)
+        self.dit.load_state_dict(content["dit"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.weights = content["average"]
+        return State(*content["position"])
+
+
+class Report(Quiet):
+    """A line every hundred steps, image and clip losses apart: their levels differ, so one mean would mislead."""
+
+    def __init__(self, clip_batch: int) -> None:
+        self.clip_batch, self.started = clip_batch, time.perf_counter()
+        self.images: list[float] = []
+        self.clips: list[float] = []
+
+    def step_end(self, record: StepRecord) -> None:
+        (self.clips if record.items == self.clip_batch else self.images).append(record.loss)
+        if record.step % 100:
+            return
+        parts = {"images": self.images, "clips": self.clips}
+        told = "  ".join(f"{kind} {sum(values) / len(values):.4f}" for kind, values in parts.items() if values)
+        print(f"{record.step:6d}  {time.perf_counter() - self.started:6.0f} s  loss {told}", flush=True)
+        self.images.clear()
+        self.clips.clear()
+
+
+def pretrain(
+    dit: nn.Module,
+    predict: Predict,
+    source: DigitBatches,
+    recipe: DitRecipe,
+    file: Path,
+    *,
+    observers: tuple[Observer, ...] = (),
+) -> dict[str, Tensor]:
+    """The averaged weights after `recipe.steps`; goes on from `file` where that is there.
+
+    predict: the velocity of `dit`; source: made with `mixed_from` as `mixed_epoch` says.
+    """
+    parameters = list(dit.parameters())
+    decayed = [p for p in parameters if p.ndim > 1]
+    plain = [p for p in parameters if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.99))
+    average = Average(dit, optimizer, recipe, file)
+    step = Step(
+        predict=predict,
+        parameters=parameters,
+        optimizer=optimizer,
+        draws=KeyedDraws(recipe.seed),
+        runtime=LocalRuntime("cpu"),
+    )
+    train(
+        step,
+        source,
+        Plan(recipe.steps),
+        rate=recipe.set_rate,
+        observers=(average, Report(source.clip_batch), *observers),
+        state=average.resume(),
+    )
+    return average.weights
+
+
+def mixed_epoch(recipe: DitRecipe, batches: int) -> int:
+    """The first epoch that may hold clips."""
+    return 1 + math.ceil(recipe.steps * recipe.images_only / batches)
