@@ -17,9 +17,10 @@ from typing import NoReturn
 
 from musubi_tuner import console
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.config.fields import canonical, nearest
+from musubi_tuner.config.fields import canonical, nearest, title_of
 from musubi_tuner.config.known import known_elsewhere
 from musubi_tuner.config.options import parse
+from musubi_tuner.config.show import markdown, plain
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,9 @@ def _dispatch(words: Sequence[str]) -> int:
         console.show(import_module("musubi_tuner").__version__)
         return 0
     name, rest = canonical(words[0]), words[1:]
+    if name == "options":
+        console.show(options_page())
+        return 0
     if name in TOOLS:
         console.configure()
         _find_kernels()
@@ -115,7 +119,7 @@ def _dispatch(words: Sequence[str]) -> int:
             )
             raise UserError(f"{given}: use `musubi {name} FAMILY ...` with one of {', '.join(families)}")
         return _run_kind(Script(name, rest[0]), rest[1:], prog=f"musubi {name} {rest[0]}")
-    close = nearest(name, [*SCRIPTS, *KINDS, *TOOLS], 0.6)
+    close = nearest(name, [*SCRIPTS, *KINDS, *TOOLS, "options"], 0.6)
     raise UserError(
         f"{words[0]!r} is not a command" + (f"; did you mean {close}?" if close else "; see `musubi --help`")
     )
@@ -160,6 +164,48 @@ def _run_kind(which: Script, argv: Sequence[str], *, prog: str) -> int:
         return 0
     getattr(module, kind.entry)(family, options)
     return 0
+
+
+def options_page() -> str:
+    """docs/options.md: a table of every option group, under the first command that has it."""
+    from musubi_tuner.families import registry
+
+    _find_kernels()
+    lines = ["# Options", "", *_PAGE_HEAD.splitlines(), ""]
+    seen: list[type] = []
+    for name, kind in KINDS.items():
+        lines += [f"## `musubi {name} FAMILY`: {kind.title}", ""]
+        shared = getattr(import_module(f"musubi_tuner.{kind.module}"), kind.groups)
+        _add_tables(lines, shared, seen)
+        for which in (s for s in SCRIPTS.values() if s.kind == name):
+            lines += [f"## `musubi {name} {which.family}` (`{established_name(which)}`)", ""]
+            family = registry.get(which.family)
+            own = family.option_groups(name)
+            known = {field for group in (*shared, *own) for field in group.__dataclass_fields__}
+            changed = {k: v for k, v in family.spec.option_defaults.items() if k in known}
+            _add_tables(lines, own, seen)
+            if changed:
+                told = ", ".join(f"`{k}` {plain(v)}" for k, v in changed.items())
+                lines += [f"Defaults of this family: {told}.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+_PAGE_HEAD = """\
+Made by `make docs` from the declarations in the code; a test keeps it current. An option is a flag (`--name value`;
+booleans `--name` and `--no-name`) and a key of the TOML file that `--config_file` names; sections of that file are only
+for reading. Later layers win: default, the family's default, the file, the command line. `--print_config` shows every
+value with the layer that it comes from. Options of the established scripts that are not listed here are accepted and
+told, in one warning, to have no effect."""
+
+
+def _add_tables(lines: list[str], groups: Sequence[type], seen: list[type]) -> None:
+    fresh = [group for group in groups if group not in seen]
+    again = [title_of(group) for group in groups if group in seen]
+    seen += fresh
+    if fresh:
+        lines.append(markdown(fresh))
+    if again:
+        lines += [f"As above: {', '.join(again)}.", ""]
 
 
 def established_name(which: Script) -> str:

@@ -116,7 +116,7 @@ class Option:
     @property
     def title(self) -> str:
         """Title of the group: the first line of its docstring."""
-        return (self.group.__doc__ or self.group.__name__).strip().splitlines()[0].rstrip(".")
+        return title_of(self.group)
 
     @property
     def is_flag(self) -> bool:
@@ -279,6 +279,11 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def title_of(group: type) -> str:
+    """The first line of the group's docstring, without its full stop."""
+    return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
 
 
 def options_of(group: type) -> tuple[Option, ...]:

@@ -129,8 +129,8 @@ def _jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def markdown(groups: Sequence[type], defaults: Mapping[str, object]) -> str:
-    """Docs tables of option groups, one per group: option, values, default (the family's where it differs), meaning."""
+def markdown(groups: Sequence[type]) -> str:
+    """Docs tables of option groups, one per group: option, values, default, meaning."""
     parts = []
     for group in groups:
         options = options_of(group)
@@ -138,9 +138,8 @@ def markdown(groups: Sequence[type], defaults: Mapping[str, object]) -> str:
             continue
         parts += [f"### {options[0].title}", "", "| option | value | default | meaning |", "|---|---|---|---|"]
         for item in options:
-            default = defaults.get(item.name, item.default)
             names = ", ".join(f"`{f.split(' ')[0]}`" for f in _flags(item))
-            shown = "required" if item.declared.required else plain(default)
+            shown = "required" if item.declared.required else plain(item.default)
             parts.append(
                 "| " + " | ".join(_cell(c) for c in (names, _value_words(item), shown, item.declared.help)) + " |"
             )
