@@ -1,0 +1,221 @@
+"""The Wan 2.1 transformer, in the order embed, run, head; module paths are the keys of the original checkpoint.
+
+    h = patch(x); for each block: self attention and feed-forward, both shifted, scaled and gated by the time vector,
+    with plain cross attention to the text between them; head: shift, scale, linear, unpatch.
+
+Modulation is float32 throughout: the time sinusoid and the rope angles are float64 before that. Source: Wan 2.1
+technical report (Wan team 2025) and its published checkpoints.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.nn.attention import attention
+from musubi_tuner.nn.norms import LayerNorm, RMSNorm
+from musubi_tuner.nn.rope import grid_rotations, rotate
+from musubi_tuner.nn.runner import Run, direct
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Sizes of a transformer. `head_dim` is dim / num_heads; frequencies and patch are fixed by the training."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    eps: float = 1e-6
+    cross_attn_norm: bool = True
+    rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"dim = {self.dim}, num_heads = {self.num_heads}: dim / num_heads must be an even integer")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def rope_dims(self) -> tuple[int, int, int]:
+        """Channels of a head that turn with time, row and column."""
+        side = 2 * (self.head_dim // 6)
+        return (self.head_dim - 2 * side, side, side)
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What all blocks share: modulation `[B, 6, D]` float32, rotations `[L, d/2]`, text `[B, T, D]`."""
+
+    modulation: Tensor
+    rotations: Tensor
+    text: Tensor
+    attn_mode: str
+
+
+class WanModel(nn.Module):
+    """Noisy latents `[B, C, F, H, W]`, timestep `[B]` in 0..1000 and text `[B, T, text_dim]` -> velocity."""
+
+    def __init__(self, config: WanConfig, *, attn_mode: str = "sdpa") -> None:
+        super().__init__()
+        self.config, self.attn_mode = config, attn_mode
+        d = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_channels, d, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, d), nn.GELU("tanh"), nn.Linear(d, d))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+        self.blocks = nn.ModuleList(WanAttentionBlock(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        *,
+        run: Run = direct,
+        frame_positions: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity of `x`'s shape (channels: `out_channels`), in x's dtype.
+
+        `frame_positions: [F]` replaces 0, 1, 2, ... as the temporal rope positions.
+        """
+        h, grid = self.patches(x)
+        time = self.time_vector(timestep)
+        ctx = BlockContext(
+            modulation=float_linear(self.time_projection[1], self.time_projection[0](time)).unflatten(1, (6, -1)),
+            rotations=self.rotations(grid, x.device, frame_positions),
+            text=self.text_embedding(self.padded(text).to(h.dtype)),
+            attn_mode=self.attn_mode,
+        )
+        h = run(list(self.blocks), h, ctx)
+        return self.unpatch(self.head(h, time), grid).to(x.dtype)
+
+    def patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """Tokens [B, L, D] in (frame, row, column) order, and the grid."""
+        h = self.patch_embedding(x.to(self.patch_embedding.weight.dtype))  # [B, D, F, H/2, W/2]
+        frames, rows, columns = h.shape[2:]
+        return h.flatten(2).transpose(1, 2), (frames, rows, columns)
+
+    def time_vector(self, timestep: Tensor) -> Tensor:
+        """[B, D] float32 from `timestep: [B]` (0..1000)."""
+        wave = sinusoid(timestep, self.config.freq_dim).float()
+        first, act, last = self.time_embedding
+        return float_linear(last, act(float_linear(first, wave)))
+
+    def padded(self, text: Tensor) -> Tensor:
+        """Text zero-padded to `text_len`: the model attends to the padding, as it was trained to."""
+        missing = self.config.text_len - text.shape[1]
+        if missing < 0:
+            raise ValueError(f"text of {text.shape[1]} tokens: this model takes at most {self.config.text_len}")
+        return nn.functional.pad(text, (0, 0, 0, missing))
+
+    def rotations(self, grid: tuple[int, int, int], device: torch.device, frames: Tensor | None) -> Tensor:
+        """Rope table [L, head_dim/2] of the patch grid."""
+        positions = [torch.arange(n, device=device) for n in grid]
+        if frames is not None:
+            positions[0] = frames.to(device)
+        return grid_rotations(positions, self.config.rope_dims, self.config.rope_theta)
+
+    def unpatch(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """[B, L, pt*ph*pw*C] (channel fastest) -> [B, C, F, H, W]."""
+        batch, p = tokens.shape[0], self.config.patch_size
+        cells = tokens.reshape(batch, *grid, *p, self.config.out_channels)
+        cells = cells.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, F, pt, H, ph, W, pw]
+        return cells.reshape(batch, -1, grid[0] * p[0], grid[1] * p[1], grid[2] * p[2])
+
+
+class WanAttentionBlock(nn.Module):
+    """Self attention, cross attention, feed-forward on `h: [B, L, D]`."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        d = config.dim
+        self.norm1 = LayerNorm(d, config.eps, affine=False)
+        self.self_attn = Attention(config)
+        self.norm3 = LayerNorm(d, config.eps, affine=True) if config.cross_attn_norm else nn.Identity()
+        self.cross_attn = Attention(config)
+        self.norm2 = LayerNorm(d, config.eps, affine=False)
+        self.ffn = nn.Sequential(nn.Linear(d, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, d))
+        self.modulation = nn.Parameter(torch.randn(1, 6, d) / d**0.5)
+
+    def forward(self, h: Tensor, ctx: BlockContext) -> Tensor:
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.float() + ctx.modulation).unbind(1)
+        y = self.self_attn(modulate(self.norm1(h), shift_a, scale_a), None, ctx)
+        h = gated(h, y, gate_a)
+        h = h + self.cross_attn(self.norm3(h), ctx.text, ctx)
+        y = self.ffn(modulate(self.norm2(h), shift_f, scale_f))
+        return gated(h, y, gate_f)
+
+
+class Attention(nn.Module):
+    """Attention of `x: [B, L, D]` to itself (rotated) or to `text: [B, T, D]`; q and k are normalised over D."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        d = config.dim
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
+
+    def forward(self, x: Tensor, text: Tensor | None, ctx: BlockContext) -> Tensor:
+        source = x if text is None else text
+        q = self.heads(self.norm_q(self.q(x)))
+        k = self.heads(self.norm_k(self.k(source)))
+        v = self.heads(self.v(source))
+        if text is None:
+            q, k = rotate(q, ctx.rotations), rotate(k, ctx.rotations)
+        return self.o(attention(q, k, v, mode=ctx.attn_mode).flatten(2))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, heads, d]."""
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class Head(nn.Module):
+    """Final shift, scale and projection to patch values."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__()
+        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.norm = LayerNorm(config.dim, config.eps, affine=False)
+        self.head = nn.Linear(config.dim, patch * config.out_channels)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, h: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.modulation.float() + time.unsqueeze(1)).unbind(1)
+        return float_linear(self.head, modulate(self.norm(h), shift, scale).float())
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift in float32, back in x's dtype; `shift, scale: [B, D]`."""
+    return (x.float() * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)).to(x.dtype)
+
+
+def gated(h: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """h + y gate in float32, back in h's dtype; `gate: [B, D]`."""
+    return (h.float() + y.float() * gate.unsqueeze(1)).to(h.dtype)
+
+
+def float_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer computed in float32 whatever its weights' dtype, also under autocast."""
+    with torch.autocast(x.device.type, enabled=False):
+        bias = None if layer.bias is None else layer.bias.float()
+        return nn.functional.linear(x.float(), layer.weight.float(), bias)
+
+
+def sinusoid(timestep: Tensor, width: int) -> Tensor:
+    """[B, width] float64: cosines, then sines, of timestep * 10000^(-i / (width/2))."""
+    half = width // 2
+    rates = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angles = torch.outer(timestep.to(torch.float64), rates)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
