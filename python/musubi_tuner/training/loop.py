@@ -125,5 +125,6 @@ def _end_epoch(state: State, batches: int, plan: Plan, losses: list[float], obse
 
 
 def group_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Learning rate of every parameter group by `group["name"]`, or by number."""
-    return {str(group.get("name", i)): float(group["lr"]) for i, group in enumerate(optimizer.param_groups)}
+    """Learning rate of every parameter group by `group["name"]`, or by number; none where the optimizer keeps it."""
+    named = {str(group.get("name", i)): group["lr"] for i, group in enumerate(optimizer.param_groups)}
+    return {name: float(rate) for name, rate in named.items() if rate is not None}

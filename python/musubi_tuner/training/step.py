@@ -55,17 +55,22 @@ class Draws(Protocol):
         """[B] float64 in (0, 1]."""
         ...
 
-    def dropout_seed(self, batch: Batch) -> int:
-        """Seed of whatever else is random in the forward pass."""
+    def begin(self, batch: Batch) -> None:
+        """Called before the forward pass of `batch`: seeds what is random inside the model."""
         ...
 
 
 @dataclass(frozen=True)
 class KeyedDraws:
-    """Draws that depend on (seed, epoch, item) alone. `distribution`: latent shape [C, F, H, W] -> that of t."""
+    """Draws that depend on (seed, epoch, item) alone.
+
+    distribution: latent shape [C, F, H, W] -> that of t. begin_step: told (seed, epoch, items) before every forward
+    pass, for keyed dropout (`AdapterSet.begin_step`).
+    """
 
     seed: int
     distribution: Callable[[Sequence[int]], Distribution] = lambda _shape: uniform()
+    begin_step: Callable[[int, int, tuple[int, ...]], None] | None = None
 
     def noise(self, batch: Batch) -> Tensor:
         shape = batch.latents.shape[1:]
@@ -75,8 +80,9 @@ class KeyedDraws:
         u = torch.stack([keyed.uniform((), self.seed, batch.epoch, item, "t") for item in batch.items])
         return self.distribution(batch.latents.shape[1:]).quantile(u)
 
-    def dropout_seed(self, batch: Batch) -> int:
-        return keyed.seed_of(self.seed, batch.epoch, batch.items[0], "dropout")
+    def begin(self, batch: Batch) -> None:
+        if self.begin_step is not None:
+            self.begin_step(self.seed, batch.epoch, batch.items)
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,8 @@ class Step:
         t = self.draws.t(batch).to(device)
         x_t, target = path.interpolate(x0, noise, t), path.velocity(x0, noise)
         cond = to_device(batch.cond, device)
-        with _seeded(self.draws.dropout_seed(batch), device), self.runtime.autocast():
+        self.draws.begin(batch)
+        with self.runtime.autocast():
             v = self.predict(x_t, t + self.timestep_offset / 1000, cond)
         error = (v.to(torch.float32) - target) ** 2
         if self.weight is not None:
@@ -148,18 +155,3 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(to_device(part, device) for part in value)
     return value
-
-
-class _seeded:
-    """A context in which torch's own generators start from `seed`, as dropout has no other source; restored after."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self._seed = seed
-        self._fork = torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *fault: Any) -> None:
-        self._fork.__exit__(*fault)
