@@ -88,6 +88,12 @@ def test_exit_codes_tell_users_faults_from_ours(calls, capsys):
     calls.fault = KeyboardInterrupt()
     assert cli.main(["alpha_train"]) == 130
     assert "Traceback" not in capsys.readouterr().err
+    calls.fault = ModuleNotFoundError("No module named 'wandb'", name="wandb")
+    assert cli.main(["alpha_train"]) == 2
+    assert "error: the package wandb is not installed: see `musubi doctor`" in capsys.readouterr().err
+    calls.fault = ModuleNotFoundError("No module named 'musubi_tuner.gone'", name="musubi_tuner.gone")
+    assert cli.main(["alpha_train"]) == 1
+    assert "Traceback" in capsys.readouterr().err
     calls.fault = RuntimeError("a fault of ours")
     assert cli.main(["alpha_train"]) == 1
     assert "RuntimeError: a fault of ours" in capsys.readouterr().err

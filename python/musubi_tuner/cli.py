@@ -83,6 +83,12 @@ def guarded(prog: str, work: Callable[[], int]) -> int:
     except UserError as fault:
         console.fault(prog, str(fault))
         return 2
+    except ModuleNotFoundError as fault:
+        if fault.name is None or fault.name.startswith("musubi_"):
+            traceback.print_exc()
+            return 1
+        console.fault(prog, f"the package {fault.name} is not installed: see `musubi doctor` for what is missing")
+        return 2
     except KeyboardInterrupt:
         console.fault(prog, "stopped by Ctrl-C")
         return 130
