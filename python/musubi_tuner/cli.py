@@ -81,23 +81,21 @@ def guarded(prog: str, work: Callable[[], int]) -> int:
     try:
         return work()
     except UserError as fault:
-        console.fault(prog, str(fault))
-        return 2
-    except ModuleNotFoundError as fault:
-        if fault.name is None or fault.name.startswith("musubi_"):
-            traceback.print_exc()
-            return 1
-        console.fault(prog, f"the package {fault.name} is not installed: see `musubi doctor` for what is missing")
-        return 2
+        return _told(prog, str(fault), 2)
     except KeyboardInterrupt:
-        console.fault(prog, "stopped by Ctrl-C")
-        return 130
+        return _told(prog, "stopped by Ctrl-C", 130)
     except BrokenPipeError:  # `musubi ... --help | head`: nobody reads on
         sys.stderr.close()
-        return 1
-    except Exception:
+    except Exception as fault:
+        if isinstance(fault, ModuleNotFoundError) and fault.name and not fault.name.startswith("musubi_"):
+            return _told(prog, f"the package {fault.name} is not installed: see `musubi doctor` for what is missing", 2)
         traceback.print_exc()
-        return 1
+    return 1
+
+
+def _told(prog: str, message: str, code: int) -> int:
+    console.fault(prog, message)
+    return code
 
 
 def _dispatch(words: Sequence[str]) -> int:
