@@ -1,0 +1,152 @@
+"""Models for sampling: found and checked first, loaded when needed, freed when done.
+
+A text encoder may be larger than the transformer, so the two never live together: `encode_prompts` loads the encoders,
+turns every distinct prompt into its condition once, and lets go. `open_dit` settles all that a header can tell
+(architecture, which LoRA modules fit) while nothing is loaded yet; `load_dit` then streams the weights.
+"""
+
+import gc
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from musubi_tuner.config.errors import UserError
+from musubi_tuner.families.base import Dit, Encoders, Family
+from musubi_tuner.sampling.request import Request
+from musubi_tuner.weights.load import Delta, Merge, materialize
+from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
+from musubi_tuner.weights.reader import open_checkpoint
+
+log = logging.getLogger(__name__)
+
+Prompts = Mapping[str, Mapping[str, Tensor]]
+"""The condition of every prompt by its text, as the family's `encode_condition` makes it, on the CPU."""
+
+_DEVICES = ("cuda", "cpu", "mps", "xpu")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None: CUDA where there is one, else the CPU. Raises UserError."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in _DEVICES:
+        raise UserError(f"device {name!r} is not known: use {', '.join(_DEVICES)}, or cuda:1 and the like")
+    try:
+        device = torch.device(name)
+    except RuntimeError as fault:
+        raise UserError(f"device {name!r} is not known: use cpu, cuda or cuda:1 and the like") from fault
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {name}: this machine offers {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    return device
+
+
+def release(device: torch.device) -> None:
+    """Give freed memory back to the device, after the last reference is gone."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def captions(requests: Iterable[Request]) -> list[str]:
+    """The distinct texts that `requests` need, in order; negatives only where guidance uses them."""
+    texts = [text for r in requests for text in ((r.prompt, r.negative) if r.guided else (r.prompt,))]
+    return list(dict.fromkeys(texts))
+
+
+@torch.no_grad()
+def encode(family: Family, encoders: Encoders, requests: Sequence[Request], *, progress: bool = True) -> Prompts:
+    """Conditions of every text in `requests`, by loaded encoders."""
+    found: dict[str, Mapping[str, Tensor]] = {}
+    wanted = captions(requests)
+    for text in tqdm(wanted, desc="encoding prompts", unit="prompt", disable=not progress or len(wanted) < 4):
+        owner = next(r for r in requests if text in (r.prompt, r.negative))
+        entry = family.encode_condition([owner.item(text)], encoders)[0]
+        found[text] = {name: tensor.cpu() for name, tensor in entry.items()}
+    return found
+
+
+def encode_prompts(
+    family: Family,
+    options: Any,
+    requests: Sequence[Request],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool = True,
+) -> Prompts:
+    """Load the encoders that `options` (the family's own group) name, encode, and free them."""
+    encoders = family.load_encoders(options, device=device, dtype=dtype)
+    if encoders is None:
+        raise UserError(f"{family.spec.name}: prompts cannot be encoded without a text encoder; name its file")
+    found = encode(family, encoders, requests, progress=progress)
+    del encoders
+    release(device)
+    return found
+
+
+def weight_policy(
+    family: Family, *, fp8: bool, scaled: bool, dtype: torch.dtype | None = None, allow_prequantized: bool = False
+) -> WeightPolicy:
+    """The policy of `--fp8` and `--fp8_scaled`. Raises UserError for the second without the first."""
+    if scaled and not fp8:
+        raise UserError("--fp8_scaled chooses how FP8 weights are made: give --fp8 too")
+    if not fp8:
+        return WeightPolicy(dtype)
+    return WeightPolicy(dtype, Fp8Policy(family.spec.fp8, scaled=scaled, allow_prequantized=allow_prequantized))
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """An adapter that was matched with the model already, so that its warnings come before the long work and once."""
+
+    deltas: Mapping[str, Delta]
+
+    def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Delta]:
+        if not self.deltas.keys() <= shapes.keys():
+            raise RuntimeError("an adapter was matched with another model than the one that is loaded")
+        return self.deltas
+
+
+@dataclass(frozen=True)
+class OpenDit:
+    """A transformer whose file has been looked at: architecture known, adapters matched, no weight read."""
+
+    family: Family
+    path: str
+    dit: Dit
+    merges: tuple[Merge, ...]
+
+    def load(self, policy: WeightPolicy, device: torch.device, *, progress: bool = True) -> Dit:
+        """Fill the transformer, adapters merged before quantisation; in evaluation mode. Call it once."""
+        with open_checkpoint(self.path) as checkpoint:
+            report = materialize(
+                self.dit,
+                checkpoint,
+                rename=self.family.rename_dit_key,
+                policy=policy,
+                device=device,
+                merge=self.merges,
+                progress=progress,
+            )
+        log.info("%s: %s", self.path, report.summary())
+        return self.dit.eval()
+
+
+def open_dit(
+    family: Family, path: str, *, merges: Sequence[Merge] = (), config: Mapping[str, Any] | None = None
+) -> OpenDit:
+    """Build the transformer of a checkpoint on meta and match `merges` with it.
+
+    Raises UserError for what is no checkpoint of this family and for adapters that do not apply.
+    """
+    with open_checkpoint(path) as checkpoint:
+        dit = family.build_dit(checkpoint.header, config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
+    return OpenDit(family, path, dit, tuple(_Bound(merge.bind(shapes)) for merge in merges))

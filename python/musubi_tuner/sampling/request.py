@@ -1,0 +1,90 @@
+"""A request: everything that decides one picture or clip, the models apart. Previews and generation share it.
+
+Sizes are checked against the family's latent grid before any model is loaded. A seed names the noise: the same seed
+gives the same numbers on every device and in every batch position (float32, drawn on the CPU, as other tools that
+draw there do).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from musubi_tuner.config.errors import UserError
+from musubi_tuner.families.base import FamilySpec, Item, LatentGeometry
+from musubi_tuner.flow.solvers import SOLVERS
+
+MAX_STEPS = 1000
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to sample. Raises UserError for values that no family could serve.
+
+    guidance: scale of classifier-free guidance; 1 turns it off, and `negative` is then not looked at. shift: of the
+    time grid. solver: a name of `flow.solvers.SOLVERS`. fps: of a written video.
+    """
+
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    frames: int = 1
+    fps: int = 16
+    steps: int = 20
+    guidance: float = 5.0
+    shift: float = 5.0
+    solver: str = "unipc"
+    negative: str = ""
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}"),
+            ("steps", self.steps, 1 <= self.steps <= MAX_STEPS, f"1 to {MAX_STEPS}"),
+            ("flow shift", self.shift, self.shift > 0, "above 0"),
+            ("fps", self.fps, self.fps >= 1, "at least 1"),
+            ("solver", self.solver, self.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
+        )
+        for name, value, fine, allowed in rules:
+            if not fine:
+                raise UserError(f"{name} = {value}: must be {allowed}")
+
+    @property
+    def guided(self) -> bool:
+        """True when a second branch, with the negative prompt, is needed."""
+        return self.guidance != 1.0
+
+    def item(self, caption: str) -> Item:
+        """The request as an item without a target, for the family's encode calls."""
+        return Item(caption, frames=self.frames, height=self.height, width=self.width)
+
+    def shape(self, geometry: LatentGeometry) -> tuple[int, int, int, int]:
+        """Latent shape [C, F, H, W]. Raises UserError with sizes that fit."""
+        try:
+            return geometry.shape(self.frames, self.height, self.width)
+        except ValueError as fault:
+            near = fitted(self, geometry)
+            raise UserError(
+                f"{fault}; nearest that fits: {near.frames} frames, {near.height} x {near.width}"
+            ) from fault
+
+
+def fitted(request: Request, geometry: LatentGeometry) -> Request:
+    """The request with its size rounded down to what the latent grid can hold (one patch, one frame at least)."""
+
+    def down(value: int, step: int) -> int:
+        return max(value // step, 1) * step
+
+    return replace(
+        request,
+        frames=max(request.frames - 1, 0) // geometry.temporal * geometry.temporal + 1,
+        height=down(request.height, geometry.spatial * geometry.patch[1]),
+        width=down(request.width, geometry.spatial * geometry.patch[2]),
+    )
+
+
+def initial_noise(request: Request, spec: FamilySpec) -> Tensor:
+    """Standard normal latents [C, F, H, W], float32 on the CPU: what torch's CPU generator draws from the seed."""
+    draw = torch.Generator().manual_seed(request.seed)
+    return torch.randn(request.shape(spec.latents), generator=draw)
