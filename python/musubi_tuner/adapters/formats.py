@@ -42,7 +42,7 @@ _PARTS: Mapping[str, str] = {
 _SUFFIXES = sorted(_PARTS, key=len, reverse=True)
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet__", PREFIX)
 _AXES = 2
-"""LoRA factors of linear layers have two axes."""
+"""A weight with factors has at least its two axes, out and in."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Factors:
         """Rows [first, last) of what is added to the weight at multiplier 1, float32."""
         parts = []
         if self.up is not None and self.down is not None:
-            parts.append(self.scale * (self.up[first:last].float() @ self.down.float()))
+            product = self.up[first:last].float().flatten(1) @ self.down.float().flatten(1)
+            parts.append(self.scale * product.reshape(-1, *self.down.shape[1:]))
         if self.diff is not None:
             parts.append(self.diff[first:last].float())
         if not parts:
@@ -162,8 +163,10 @@ def _misfit(found: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
 
 
 def _is_low_rank(down: Tensor, up: Tensor, shape: tuple[int, ...]) -> bool:
-    flat = down.dim() == up.dim() == len(shape) == _AXES
-    return flat and (up.shape[0], down.shape[1]) == shape and up.shape[1] == down.shape[0]
+    """down `[rank, in, *kernel]`, up `[out, rank, 1...]`: linear layers, and convolutions with a 1 x 1 up factor."""
+    if not down.dim() == up.dim() == len(shape) >= _AXES:
+        return False
+    return tuple(down.shape[1:]) == shape[1:] and tuple(up.shape) == (shape[0], down.shape[0], *(1,) * (up.dim() - 2))
 
 
 def require_applicable(found: Resolved, label: str, paths: Iterable[str], *, strict: bool) -> None:

@@ -115,14 +115,14 @@ class SafetensorsFile:
 
     def _parse(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         size = os.fstat(self._file.fileno()).st_size
-        head = self._file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= _MAX_HEADER:
+        head = self._file.read(9)
+        length = struct.unpack("<Q", head[:8])[0] if len(head) == 9 else 0
+        if not 2 <= length <= _MAX_HEADER or head[8:] != b"{":
             raise UserError(f"checkpoint {self.path}: {_what_it_is(self.path, size)}")
         if size < 8 + length:
             raise UserError(f"checkpoint {self.path} is cut off inside its header ({size:,} bytes); download it again")
         try:
-            entries = json.loads(self._file.read(length))
+            entries = json.loads(head[8:] + self._file.read(length - 1))
             metadata = {str(k): str(v) for k, v in (entries.pop("__metadata__", None) or {}).items()}
             found = {key: self._info(key, entry, 8 + length) for key, entry in entries.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
