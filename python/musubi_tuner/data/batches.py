@@ -7,6 +7,7 @@ number does not divide). An item repeated n times has n numbers: keyed noise and
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,11 +19,28 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.config.options import option
 from musubi_tuner.data import cache
 from musubi_tuner.data.cached import CachedItem, find_cached
 from musubi_tuner.data.spec import DatasetSpec, load
 from musubi_tuner.families.base import Conditioning, Family
 from musubi_tuner.flow import keyed
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Dataset"""
+
+    dataset_config: str = option("", help="dataset file (TOML or JSON)", required=True, metavar="FILE")
+    max_data_loader_n_workers: int = option(
+        8, help="threads that read cache files ahead, at most the processors; 0 reads when needed", minimum=0
+    )
+    strict_cache: bool = option(False, help="refuse caches without a fingerprint, which another tool made")
+
+    @property
+    def workers(self) -> int:
+        """Threads that this machine makes use of."""
+        return min(self.max_data_loader_n_workers, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
