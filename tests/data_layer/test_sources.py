@@ -145,3 +145,10 @@ def test_a_picture_cut_short_says_so(tmp_path, make_picture):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match="cannot be read as a picture"):
         read_image(path, (64, 64))
+
+
+def test_a_list_that_is_no_text_is_one_sentence(tmp_path, dataset, family):
+    (tmp_path / "list.jsonl").write_bytes(b"\xff\xfe\x00")
+    spec = dataset(f'image_jsonl_file = "{tmp_path / "list.jsonl"}"\ncache_directory = "{tmp_path}"\nresolution = 64')
+    with pytest.raises(UserError, match=r"list\.jsonl\" cannot be read: "):
+        scan(spec, family.spec)

@@ -48,11 +48,9 @@ def test_a_slower_source_keeps_all_its_frames():
     assert kept_frames(10, 8.0, 16.0) == list(range(10))
 
 
-@pytest.fixture
-def clip(tmp_path):
-    """A 20-frame video of 64 x 48 pixels whose frame i is grey of level 10 i."""
-    path = tmp_path / "v" / "clip.mp4"
-    path.parent.mkdir()
+def _film(path):
+    """Write a 20-frame video of 64 x 48 pixels whose frame i is grey of level 10 i."""
+    path.parent.mkdir(exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=30)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -67,9 +65,18 @@ def clip(tmp_path):
     return path
 
 
-def test_frames_are_read_by_number(clip):
-    info = probe(clip)
+@pytest.fixture
+def clip(tmp_path):
+    return _film(tmp_path / "v" / "clip.mp4")
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])  # mkv states no frame count
+def test_frames_are_counted_with_and_without_the_containers_word(tmp_path, ending):
+    info = probe(_film(tmp_path / "v" / f"clip.{ending}"))
     assert (info.frames, info.size) == (20, (64, 48))
+
+
+def test_frames_are_read_by_number(clip):
     levels = read_frames(clip, [0, 7, 19], (32, 32)).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(levels, [0, 70, 190], atol=4)
 

@@ -120,7 +120,6 @@ def write(
         )
     tensors = {key: value.detach().cpu().contiguous() for key, value in to_keys(entry, spec.cache_fields, part).items()}
     header = {"architecture": spec.architecture, "format_version": FORMAT_VERSION, **metadata}
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_save_safetensors(path, tensors, {**header, FINGERPRINT_KEY: fingerprint.dump()})
 
 

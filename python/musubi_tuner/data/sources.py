@@ -86,7 +86,7 @@ def scan(dataset: DatasetSpec, spec: FamilySpec) -> Scan:
     buckets = Buckets(dataset.resolution, dataset.enable_bucket, dataset.bucket_no_upscale, spec.resolution_step)
     items: list[MediaItem] = []
     left_out: list[LeftOut] = []
-    for found in _listed(dataset) if dataset.jsonl is not None else _in_folder(dataset):
+    for found in _candidates(dataset):
         if isinstance(found, LeftOut):
             left_out.append(found)
             continue
@@ -97,6 +97,13 @@ def scan(dataset: DatasetSpec, spec: FamilySpec) -> Scan:
     if not items:
         raise UserError(_nothing(dataset, left_out))
     return Scan(dataset, tuple(items), tuple(left_out))
+
+
+def _candidates(dataset: DatasetSpec) -> Iterator[_Candidate | LeftOut]:
+    try:
+        yield from _listed(dataset) if dataset.jsonl is not None else _in_folder(dataset)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{dataset.where}: "{dataset.media}" cannot be read: {error}') from error
 
 
 def check_resolution(dataset: DatasetSpec, spec: FamilySpec) -> None:

@@ -93,13 +93,13 @@ def kept_frames(frames: int, source_fps: float | None, target_fps: float | None)
 
 
 def probe(path: Path) -> VideoInfo:
-    """Frame count (by counting packets, since containers' own counts are often absent) and size.
+    """Frame count and size; where the container does not state its count, packets are counted.
 
     Raises:
         ValueError: not a video that can be opened, or one without frames.
     """
     with _opened(path) as (container, stream):
-        frames = sum(1 for packet in container.demux(stream) if packet.size)
+        frames = int(stream.frames) or sum(1 for packet in container.demux(stream) if packet.size)
         size = (int(stream.codec_context.width), int(stream.codec_context.height))
     if not frames or not all(size):
         raise ValueError("holds no frames")
