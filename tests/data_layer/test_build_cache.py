@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import parse
+from musubi_tuner.data import build_cache
 from musubi_tuner.data.batches import open_batches
 from musubi_tuner.data.build_cache import LATENT_GROUPS, TEXT_GROUPS, cache_latents, cache_text
 
@@ -244,3 +246,26 @@ def test_training_takes_what_the_commands_made(run):
     }
     assert captions == {i: f"caption {i}" for i in range(4)}
     assert source.warnings == ()
+
+
+def test_decoding_runs_ahead_by_a_few_batches_only(run, monkeypatch):
+    """Memory is bounded: with slow encoding, decoded items that wait never exceed three batches."""
+    for i in range(4, 24):
+        run.picture(run.folder / "p" / f"{i:02}.png", colour=i)
+    decoded, waiting = [], []
+    load, encode = build_cache.to_encode, run.family.vae.encode
+
+    def counted(*args, **kwargs):
+        decoded.append(None)
+        return load(*args, **kwargs)
+
+    def slow(pixels):
+        time.sleep(0.01)
+        waiting.append(len(decoded) - sum(shape[0] for shape in run.family.vae.batches))
+        return encode(pixels)
+
+    monkeypatch.setattr(build_cache, "to_encode", counted)
+    run.family.vae.encode = slow
+    run.latents("--num_workers", "4")
+    assert len(decoded) == 24
+    assert 2 < max(waiting) <= 3 * 2

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from musubi_tuner.data import spec
 from musubi_tuner.data.spec import parse
+from musubi_tuner.data.spec_keys import KEYS, LATER
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,5 +21,5 @@ def test_the_example_is_a_valid_file():
 
 def test_the_page_names_every_key():
     page = (ROOT / "docs" / "dataset.md").read_text(encoding="utf-8")
-    keys = {key for table in spec._KEYS.values() for key in table} - set(spec._LATER)
+    keys = {key for table in KEYS.values() for key in table} - set(LATER)
     assert {key for key in keys if f"`{key}`" not in page} == set()

@@ -8,21 +8,19 @@ opens a picture: folders are listed in `sources`.
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.data.spec_keys import KEYS, LATER, MEDIA, RENAMED, SHARED, Check, Fault, Kind
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-Kind = Literal["image", "video"]
-EXTRACTIONS = ("head", "chunk", "slide", "uniform", "full")
 
 
 @dataclass(frozen=True)
@@ -83,133 +81,6 @@ class DataConfig:
     warnings: tuple[str, ...] = ()
 
 
-class _Fault(Exception):
-    """What is wrong with one value; the text continues `key = value: `."""
-
-
-def _integer(value: Any, *, minimum: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _Fault(f"a whole number is needed, {minimum} or more")
-    if value < minimum:
-        raise _Fault(f"must be {minimum} or more")
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _Fault("true or false is needed, without quotes")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise _Fault("a number above 0 is needed")
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise _Fault("a text in quotes is needed")
-    return value
-
-
-def _path(value: Any) -> Path:
-    return Path(_text(value)).expanduser()
-
-
-def _extension(value: Any) -> str:
-    text = _text(value)
-    if not text.startswith("."):
-        raise _Fault(f'must start with a dot, e.g. ".{text}"')
-    return text
-
-
-def _size(value: Any) -> tuple[int, int]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = [value, value]
-    if not isinstance(value, list) or len(value) != 2:
-        raise _Fault("[width, height] or one whole number is needed")
-    width, height = (_integer(side, minimum=16) for side in value)
-    return (width, height)
-
-
-def _integers(value: Any, *, minimum: int) -> tuple[int, ...]:
-    if not isinstance(value, list) or not value:
-        raise _Fault("a list of whole numbers is needed, e.g. [1, 25]")
-    return tuple(_integer(item, minimum=minimum) for item in value)
-
-
-def _extraction(value: Any) -> str:
-    text = _text(value)
-    if text not in EXTRACTIONS:
-        near = get_close_matches(text, EXTRACTIONS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise _Fault(f"use one of {', '.join(EXTRACTIONS)}{hint}")
-    return text
-
-
-Check = Callable[[Any], Any]
-
-_SHARED: Mapping[str, Check] = {
-    "resolution": _size,
-    "caption_extension": _extension,
-    "batch_size": _integer,
-    "num_repeats": _integer,
-    "enable_bucket": _flag,
-    "bucket_no_upscale": _flag,
-}
-"""Keys of `[general]`, and of every dataset."""
-
-_DATASET: Mapping[str, Check] = {**_SHARED, "cache_directory": _path, "control_directory": _path}
-_IMAGE: Mapping[str, Check] = {
-    "image_directory": _path,
-    "image_jsonl_file": _path,
-    "multiple_target": _flag,
-    "fp_latent_window_size": _integer,
-    "fp_1f_clean_indices": lambda value: _integers(value, minimum=0),
-    "fp_1f_target_index": lambda value: _integer(value, minimum=0),
-    "fp_1f_no_post": _flag,
-    "no_resize_control": _flag,
-    "control_resolution": _size,
-}
-_VIDEO: Mapping[str, Check] = {
-    "video_directory": _path,
-    "video_jsonl_file": _path,
-    "target_frames": lambda value: _integers(value, minimum=1),
-    "frame_extraction": _extraction,
-    "frame_stride": _integer,
-    "frame_sample": _integer,
-    "max_frames": _integer,
-    "source_fps": _number,
-    "fp_latent_window_size": _integer,
-}
-_KEYS: Mapping[Kind, Mapping[str, Check]] = {"image": {**_DATASET, **_IMAGE}, "video": {**_DATASET, **_VIDEO}}
-_MEDIA: Mapping[str, Kind] = {
-    "image_directory": "image",
-    "image_jsonl_file": "image",
-    "video_directory": "video",
-    "video_jsonl_file": "video",
-}
-_RENAMED: Mapping[str, str] = {
-    "flux_kontext_no_resize_control": "no_resize_control",
-    "qwen_image_edit_no_resize_control": "no_resize_control",
-    "qwen_image_edit_control_resolution": "control_resolution",
-}
-"""Earlier spellings; the present one wins where a table has both."""
-
-_LATER = (
-    "control_directory",
-    "multiple_target",
-    "fp_latent_window_size",
-    "fp_1f_clean_indices",
-    "fp_1f_target_index",
-    "fp_1f_no_post",
-    "no_resize_control",
-    "control_resolution",
-)
-"""Known keys of families and modes that are not here yet."""
-
-
 @dataclass
 class _Reader:
     """Collects the faults of one file while its tables are checked."""
@@ -230,7 +101,7 @@ class _Reader:
                 continue
             try:
                 found[key] = checks[key](value)
-            except _Fault as fault:
+            except Fault as fault:
                 self.fault(section, f"{key} = {_shown(value)}: {fault}")
         return found
 
@@ -240,12 +111,12 @@ class _Reader:
         if not isinstance(given, dict):
             self.fault(section, "a table is needed")
             return None
-        media = [key for key in _MEDIA if key in given]
+        media = [key for key in MEDIA if key in given]
         if len(media) != 1:
             self.fault(section, _which_media(media))
             return None
-        kind = _MEDIA[media[0]]
-        values = {**general, **self.table(self.renamed(given, section), _KEYS[kind], section)}
+        kind = MEDIA[media[0]]
+        values = {**general, **self.table(self.renamed(given, section), KEYS[kind], section)}
         is_list = media[0].endswith("_jsonl_file")
         if is_list and "cache_directory" not in given:
             self.fault(section, f"{media[0]} needs a cache_directory: a list of files has no folder of its own")
@@ -253,16 +124,16 @@ class _Reader:
             return None
         spec = DatasetSpec(number, f"{self.name}, {section}", kind)
         spec = replace(spec, **{"jsonl" if is_list else "directory": values.pop(media[0])})
-        later = tuple(key for key in _LATER if key in values)
+        later = tuple(key for key in LATER if key in values)
         return replace(spec, later=later, **{key: value for key, value in values.items() if key not in later})
 
     def renamed(self, given: Mapping[str, Any], section: str) -> dict[str, Any]:
         """`given` under the present names of keys that were once spelt otherwise."""
-        result = {key: value for key, value in given.items() if key not in _RENAMED}
+        result = {key: value for key, value in given.items() if key not in RENAMED}
         for old in given:
-            if old in _RENAMED:
-                self.warnings.append(f"{self.name}, {section}: {old} is now called {_RENAMED[old]}")
-                result.setdefault(_RENAMED[old], given[old])
+            if old in RENAMED:
+                self.warnings.append(f"{self.name}, {section}: {old} is now called {RENAMED[old]}")
+                result.setdefault(RENAMED[old], given[old])
         return result
 
 
@@ -272,9 +143,9 @@ def _shown(value: Any) -> str:
 
 
 def _unknown(key: str, checks: Mapping[str, Check], section: str) -> str:
-    if section == "[general]" and any(key in keys for keys in _KEYS.values()):
+    if section == "[general]" and any(key in keys for keys in KEYS.values()):
         return f"{key} belongs in [[datasets]]; [general] takes {', '.join(checks)}"
-    other = [kind for kind, keys in _KEYS.items() if key in keys and keys is not checks]
+    other = [kind for kind, keys in KEYS.items() if key in keys and keys is not checks]
     if section != "[general]" and other:
         return f"{key} is for {other[0]} datasets only"
     near = get_close_matches(key, checks, n=1, cutoff=0.7)
@@ -284,7 +155,7 @@ def _unknown(key: str, checks: Mapping[str, Check], section: str) -> str:
 
 def _which_media(given: list[str]) -> str:
     if not given:
-        return f"names no pictures or clips: give one of {', '.join(_MEDIA)}"
+        return f"names no pictures or clips: give one of {', '.join(MEDIA)}"
     return f"{' and '.join(given)} exclude each other: make a [[datasets]] table for each"
 
 
@@ -309,7 +180,7 @@ def _read(text: str, path: Path) -> tuple[_Reader, tuple[DatasetSpec, ...]]:
     tables = loaded.get("datasets", [])
     if not isinstance(general, dict) or not isinstance(tables, list):
         raise UserError(f"{path.name}: [general] must be a table and [[datasets]] a list of tables, in double brackets")
-    values = reader.table(general, _SHARED, "[general]")
+    values = reader.table(general, SHARED, "[general]")
     if not tables:
         reader.fault("", "no [[datasets]] section: add one with image_directory or video_directory")
     found = [reader.dataset(number, table, values) for number, table in enumerate(tables, start=1)]
