@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from musubi_tuner.flow import keyed
 from musubi_tuner.tools.demo.shelf import DigitBatches
-from musubi_tuner.training.loop import Observer, Plan, Quiet, State, StepRecord, train
+from musubi_tuner.training.events import Observer, Quiet, State, StepRecord
+from musubi_tuner.training.loop import Plan, train
 from musubi_tuner.training.runtime import LocalRuntime
 from musubi_tuner.training.step import KeyedDraws, Predict, Step
 

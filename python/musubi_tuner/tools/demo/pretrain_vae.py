@@ -7,12 +7,10 @@ affine map is folded into `quant_conv` and `post_quant_conv`, so that the family
 pipeline that normalizes with Wan's constants sees latents of mean 0 and deviation 1.
 """
 
-import argparse
-import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +258,20 @@ def _report(step: int, sums: dict[str, list[float]], vae: nn.Module, judges: dic
     print(f"{step:6d}  {seconds:6.0f} s  loss {losses}  dB {quality}", flush=True)
 
 
+def typical_pixels(seed: int, count: int = 240) -> list[Tensor]:
+    """What the DiT will be trained on: stills and clips in plain colors, `[B, 3, F, 64, 64]` each."""
+    glyphs, generator = world.load_glyphs(held_out=False), keyed.generator(seed, "typical")
+    picks = torch.randperm(len(glyphs), generator=generator)[:count]
+    colors, directions = tuple(world.COLORS), tuple(world.DIRECTIONS)
+    inks = [world.solid(colors[i % len(colors)]) for i in range(count)]
+    stills = world.paint(glyphs.masks[picks], torch.stack(inks)).unsqueeze(2)
+    clips = [
+        world.paint(world.moving(glyphs.masks[pick], directions[i % 4]), inks[i]).transpose(0, 1)
+        for i, pick in enumerate(picks[: count // 10].tolist())
+    ]
+    return [*stills.split(40), torch.stack(clips)]
+
+
 @torch.no_grad()
 def fold_statistics(vae: Any, pixels: Sequence[Tensor], mean: Sequence[float], std: Sequence[float]) -> None:
     """Make latents of `pixels` come out with the given mean and deviation per channel, and decode as before.
@@ -283,20 +295,3 @@ def fold_statistics(vae: Any, pixels: Sequence[Tensor], mean: Sequence[float], s
     quant.bias.copy_(bias)
     post.weight.copy_(back / gain.reshape(1, -1, 1, 1, 1))
     post.bias.copy_(offset)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Pre-train the demo's VAE (about 35 minutes on one core).")
-    parser.add_argument("folder", type=Path, help="where the training state and vae.pt go")
-    folder: Path = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe = VaeRecipe()
-    print(json.dumps(asdict(recipe)), flush=True)
-    vae = train(recipe, folder)
-    torch.save(vae.state_dict(), folder / "vae.pt")
-    judges = fixed_sets(world.load_glyphs(held_out=True))
-    print({name: round(psnr(vae, pixels), 2) for name, pixels in judges.items()}, flush=True)
-
-
-if __name__ == "__main__":
-    main()
