@@ -51,6 +51,8 @@ for name in json.loads(sys.argv[1]):
     state.update(name=name, on=True)
     try:
         importlib.import_module(name)
+    except Exception as fault:
+        failed.append([name, "import", f"{type(fault).__name__}: {fault}"])
     finally:
         state["on"] = False
     after = snapshot()
