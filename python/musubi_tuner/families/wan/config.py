@@ -1,0 +1,76 @@
+"""Sizes of a Wan transformer from what a file says about itself: `--model_config`, `musubi.config`, or its shapes."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from musubi_tuner.config.errors import UserError
+from musubi_tuner.families.wan.keys import rename_dit_key
+from musubi_tuner.families.wan.model import WanConfig
+from musubi_tuner.weights.reader import Header
+
+_HEAD_DIM = 128  # of every published model
+_LATENT_CHANNELS = 16
+
+
+def wan_config(header: Header, given: Mapping[str, Any] | None = None) -> WanConfig:
+    """The configuration of the transformer in `header`; `given` wins over the file's metadata, that over shapes.
+
+    Raises UserError where the file is no Wan transformer, or one that this version cannot run.
+    """
+    shapes = {rename_dit_key(key): info.shape for key, info in header.tensors.items()}
+    sizes = _sizes_from_shapes(shapes, str(header.paths[0]))
+    sizes |= named_fields(WanConfig, header.metadata.get("musubi.config"), f"{header.paths[0]}, musubi.config")
+    sizes |= named_fields(WanConfig, given, "--model_config")
+    sizes.setdefault("num_heads", max(1, sizes["dim"] // _HEAD_DIM))
+    try:
+        config = WanConfig(**sizes)
+    except ValueError as error:
+        raise UserError(f"{header.paths[0]}: {error}") from error
+    if config.in_channels != _LATENT_CHANNELS or "img_emb.proj.1.weight" in shapes:
+        raise UserError(
+            f"{header.paths[0]} takes {config.in_channels} input channels (image-to-video or control): this version "
+            "runs Wan 2.1 text-to-video and text-to-image models, which take 16"
+        )
+    return config
+
+
+def _sizes_from_shapes(shapes: Mapping[str | None, tuple[int, ...]], path: str) -> dict[str, Any]:
+    needed = ("patch_embedding.weight", "text_embedding.0.weight", "time_embedding.0.weight", "head.head.weight")
+    missing = [key for key in (*needed, "blocks.0.ffn.0.weight") if key not in shapes]
+    if missing:
+        raise UserError(
+            f"{path} is not a Wan transformer: it has no {missing[0]}; give the DiT file (for example "
+            "wan2.1_t2v_1.3B_bf16.safetensors), not the VAE, the text encoder or another family's model"
+        )
+    patch = shapes["patch_embedding.weight"]
+    layers = {int(key.split(".")[1]) for key in shapes if key is not None and key.startswith("blocks.")}
+    return {
+        "dim": patch[0],
+        "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+        "num_layers": len(layers),
+        "in_channels": patch[1],
+        "out_channels": shapes["head.head.weight"][0] // prod(patch[2:]),
+        "patch_size": tuple(patch[2:]),
+        "text_dim": shapes["text_embedding.0.weight"][1],
+        "freq_dim": shapes["time_embedding.0.weight"][1],
+    }
+
+
+def named_fields(kind: type, given: str | Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+    """Fields of the dataclass `kind` in a JSON object; lists become tuples. UserError names an unknown field."""
+    if given is None:
+        return {}
+    try:
+        content = json.loads(given) if isinstance(given, str) else dict(given)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where} holds {type(content).__name__}: a JSON object of sizes is needed")
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(set(content) - set(known))
+    if unknown:
+        raise UserError(f"{where}: {unknown[0]} is not a size of this model; use {', '.join(known)}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}

@@ -1,0 +1,205 @@
+"""Wan's transformer against fixtures, published manifests and diffusers' implementation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from golden_data import TOLERANCE, distance, golden, manifest
+from safetensors.torch import save_file
+
+from musubi_tuner.config.errors import UserError
+from musubi_tuner.families import registry
+from musubi_tuner.families.wan.model import WanConfig, WanModel
+from musubi_tuner.nn.checkpointing import checkpointed
+from musubi_tuner.nn.runner import direct
+from musubi_tuner.weights.reader import Header, TensorInfo, open_checkpoint
+
+FAMILY = registry.get("wan")
+
+
+@pytest.fixture(scope="module")
+def case():
+    return golden("wan2_1_t2v_a")
+
+
+@pytest.fixture(scope="module")
+def model(case) -> WanModel:
+    sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_len")
+    model = WanModel(WanConfig(**{name: case.config[name] for name in sizes}))
+    model.load_state_dict(case.weights)
+    return model.requires_grad_(False)
+
+
+def run_case(model, case, run=direct):
+    x = case.inputs["x"].clone().requires_grad_()
+    sample = model(x, case.inputs["t"], case.inputs["context"], run=run)
+    sample.square().mean().backward()
+    return sample.detach(), x.grad
+
+
+def test_output_and_gradient_equal_the_fixture(model, case):
+    sample, grad = run_case(model, case)
+    assert distance(sample, case.outputs["sample"]) < TOLERANCE
+    assert distance(grad, case.outputs["grad_x"]) < TOLERANCE
+
+
+def test_predict_gives_the_model_a_thousand_t(model, case):
+    v = FAMILY.predict(model, case.inputs["x"], case.inputs["t"].double() / 1000, {"text": case.inputs["context"]})
+    assert distance(v, case.outputs["sample"]) < TOLERANCE
+
+
+def test_text_that_ends_early_is_padded_with_zeros_that_are_attended_to(model, case):
+    """The fixture's second caption has 4 tokens; cut to them, the result must not change."""
+    lengths = case.inputs["context_lens"].tolist()
+    entries = [{"text": row[:n]} for row, n in zip(case.inputs["context"], lengths, strict=True)]
+    v = FAMILY.predict(model, case.inputs["x"], case.inputs["t"].double() / 1000, FAMILY.collate(entries))
+    assert distance(v, case.outputs["sample"]) < TOLERANCE
+
+
+def test_a_batch_of_two_equals_two_batches(model, case):
+    x, t, text = case.inputs["x"], case.inputs["t"], case.inputs["context"]
+    together = model(x, t, text)
+    apart = torch.cat([model(x[i : i + 1], t[i : i + 1], text[i : i + 1]) for i in range(2)])
+    assert distance(together, apart) < 1e-6
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_checkpointing_changes_no_bit(model, case, offload):
+    plain, again = run_case(model, case), run_case(model, case, checkpointed(cpu_offload=offload))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_checkpointing_keeps_one_tensor_per_block(model, case):
+    """Bytes that autograd holds fall by far more than the blocks' inputs cost."""
+
+    def held(run) -> int:
+        total: dict[int, int] = {}
+
+        def pack(tensor):
+            total[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(case.inputs["x"].clone().requires_grad_(), case.inputs["t"], case.inputs["context"], run=run)
+        return sum(total.values())
+
+    assert held(checkpointed()) < 0.5 * held(direct)
+
+
+def test_blocks_run_through_the_callable(model, case):
+    """Skipping a block from outside gives the fixture's result for a skipped block: nothing loops inside."""
+    skip = set(case.config["skip_blocks_for_sample_skip_blocks"])
+    sample = model(
+        case.inputs["x"],
+        case.inputs["t"],
+        case.inputs["context"],
+        run=lambda blocks, h, ctx: direct([b for i, b in enumerate(blocks) if i not in skip], h, ctx),
+    )
+    assert distance(sample, case.outputs["sample_skip_blocks"]) < TOLERANCE
+
+
+def test_bf16_weights_give_bf16_activations_and_a_close_result(model, case):
+    half = WanModel(model.config)
+    half.load_state_dict(model.state_dict())
+    half.to(torch.bfloat16)
+    v = half(case.inputs["x"], case.inputs["t"], case.inputs["context"])
+    assert v.dtype == torch.float32, "the result has x's dtype"
+    assert 1e-4 < distance(v, case.outputs["sample"]) < 2e-2
+
+
+def test_diffusers_with_the_same_weights_agrees(model, case):
+    from diffusers import WanTransformer3DModel
+
+    c = model.config
+    other = WanTransformer3DModel(
+        num_attention_heads=c.num_heads,
+        attention_head_dim=c.head_dim,
+        text_dim=c.text_dim,
+        freq_dim=c.freq_dim,
+        ffn_dim=c.ffn_dim,
+        num_layers=c.num_layers,
+        rope_max_seq_len=64,
+    ).eval()
+    other.load_state_dict({to_diffusers(key): value for key, value in model.state_dict().items()})
+    with torch.no_grad():
+        theirs = other(case.inputs["x"], case.inputs["t"], case.inputs["context"], return_dict=False)[0]
+    assert distance(theirs, case.outputs["sample"]) < TOLERANCE
+    assert distance(model(case.inputs["x"], case.inputs["t"], case.inputs["context"]), theirs) < TOLERANCE
+
+
+def to_diffusers(key: str) -> str:
+    """The key of diffusers' WanTransformer3DModel."""
+    for old, new in (
+        ("head.modulation", "scale_shift_table"),
+        ("head.head.", "proj_out."),
+        ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."),
+        ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),
+        ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
+        ("time_embedding.2.", "condition_embedder.time_embedder.linear_2."),
+        ("time_projection.1.", "condition_embedder.time_proj."),
+        (".self_attn.", ".attn1."),
+        (".cross_attn.", ".attn2."),
+        (".modulation", ".scale_shift_table"),
+        (".norm3.", ".norm2."),
+        (".ffn.0.", ".ffn.net.0.proj."),
+        (".ffn.2.", ".ffn.net.2."),
+        (".q.", ".to_q."),
+        (".k.", ".to_k."),
+        (".v.", ".to_v."),
+        (".o.", ".to_out.0."),
+    ):
+        key = key.replace(old, new)
+    return key
+
+
+def header_of(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> Header:
+    path = Path("wan.safetensors")
+    return Header(
+        tensors={key: TensorInfo(shape=shape, dtype=torch.bfloat16, file=path) for key, shape in shapes.items()},
+        metadata=metadata or {},
+        paths=(path,),
+    )
+
+
+@pytest.mark.parametrize("name", ["wan2_1_t2v_1_3b", "wan2_1_t2v_14b", "wan2_1_t2i_14b"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_model_built_from_a_header_has_the_published_keys_and_shapes(name, prefix):
+    shapes = manifest(name)
+    dit = FAMILY.build_dit(header_of({prefix + key: shape for key, shape in shapes.items()}))
+    built = {key: tuple(value.shape) for key, value in dit.state_dict().items()}
+    assert built == shapes
+    assert all(value.is_meta for value in dit.state_dict().values())
+    assert {FAMILY.rename_dit_key(prefix + key) for key in shapes} == set(built)
+
+
+def test_sizes_that_shapes_cannot_tell_come_from_the_file_itself(case, tmp_path):
+    """Three heads of 32 and a text of 10 tokens: metadata `musubi.config` says so."""
+    sizes = {"num_heads": 3, "text_len": 10}
+    save_file(case.weights, tmp_path / "tiny.safetensors", {"musubi.config": json.dumps(sizes)})
+    with open_checkpoint(tmp_path / "tiny.safetensors") as checkpoint:
+        config = FAMILY.build_dit(checkpoint.header).config
+        given = FAMILY.build_dit(checkpoint.header, {"text_len": 12}).config
+    assert (config.num_heads, config.text_len, config.dim, config.num_layers) == (3, 10, 96, 2)
+    assert given.text_len == 12
+
+
+@pytest.mark.parametrize(
+    ("shapes", "metadata", "message"),
+    [
+        (manifest("wan2_1_i2v_14b"), {}, "takes 36 input channels"),
+        (manifest("wan2_1_vae"), {}, "is not a Wan transformer: it has no patch_embedding.weight"),
+        (manifest("flux_kontext_dev"), {}, "is not a Wan transformer"),
+        (manifest("wan2_1_t2v_1_3b"), {"musubi.config": '{"heads": 3}'}, "heads is not a size of this model; use dim"),
+        (manifest("wan2_1_t2v_1_3b"), {"musubi.config": "{"}, "musubi.config is not JSON"),
+        (manifest("wan2_1_t2v_1_3b"), {"musubi.config": '{"num_heads": 7}'}, "dim = 1536, num_heads = 7"),
+    ],
+)
+def test_another_file_is_refused_in_one_sentence(shapes, metadata, message):
+    with pytest.raises(UserError, match=message):
+        FAMILY.build_dit(header_of(shapes, metadata))
+
+
+def test_text_longer_than_the_model_takes_is_refused(model, case):
+    with pytest.raises(ValueError, match="text of 11 tokens: this model takes at most 10"):
+        model(case.inputs["x"], case.inputs["t"], torch.zeros(2, 11, 56))
