@@ -284,7 +284,10 @@ def test_a_group_checks_its_fields_together_and_required_options_are_asked_for()
 
     assert "--dataset_config is required (data set file)" in fault(groups=(Pair,))
     assert fault("--low", "10", "--dataset_config", "x", groups=(Pair,)) == "low = 10 is above high = 9: swap them"
-    assert "high = 9  # default" in run("--print_config", groups=(Pair,)).print_config
+    assert "--dataset_config is required" in fault("--dataset_config", "", groups=(Pair,))
+    shown = run("--print_config", groups=(Pair,)).print_config
+    assert "high = 9  # default" in shown
+    assert "# dataset_config = (required)  # default" in shown
     assert run("--dataset_config", "x", groups=(Pair,))[Pair].dataset_config == "x"
 
 

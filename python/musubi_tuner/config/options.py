@@ -256,7 +256,8 @@ def _build(layers: _Layers, groups: Sequence[type]) -> dict[type, object]:
     """One instance of each group; required options and the groups' own checks add to the faults."""
     built: dict[type, object] = {}
     for name, item in layers.table.options.items():
-        if item.declared.required and layers.values[name].source == DEFAULT:
+        found = layers.values[name]
+        if item.declared.required and (found.source == DEFAULT or found.value in (None, "", ())):
             layers.faults.append(f"--{name} is required ({item.declared.help}): give it here or in --config_file")
     if layers.faults:
         return built

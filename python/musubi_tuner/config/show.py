@@ -97,8 +97,8 @@ def print_toml(prog: str, options: Sequence[Option], values: Mapping[str, Source
         lines += ["", f"# {title}"]
         for item in rows:
             found = values[item.name]
-            if item.secret or found.value is None:
-                shown = "(hidden)" if item.secret and found.value is not None else "(none)"
+            if item.secret or found.value is None or (item.declared.required and found.source == "default"):
+                shown = "(required)" if item.declared.required else "(hidden)" if found.value is not None else "(none)"
                 lines.append(f"# {item.name} = {shown}  # {found.source}")
             else:
                 lines.append(f"{item.name} = {toml_value(found.value)}  # {found.source}")
