@@ -344,5 +344,7 @@ def test_a_missing_file_is_told_with_the_nearest_name(tmp_path):
     assert "did you mean config.toml?" in fault("--config_file", str(tmp_path / "confg"))
     assert "there is no folder" in fault("--config_file", str(tmp_path / "no" / "config.toml"))
     assert "--config_file: needs a value" in fault("--config_file")
+    assert "give the path of a TOML file" in fault("--config_file=")
+    assert "there is no file" in fault("--config_file", str(tmp_path))
     (tmp_path / "utf16.toml").write_bytes("seed = 1".encode("utf-16"))
     assert "save it as UTF-8" in fault("--config_file", str(tmp_path / "utf16"))

@@ -35,6 +35,8 @@ class Entry:
 def find_file(given: str) -> Path:
     """The option file that the user means: `given` with `.toml`, else exactly `given`. Raises UserError."""
     path = Path(given).expanduser()
+    if not path.name:
+        raise UserError(f"--config_file {given!r}: give the path of a TOML file")
     endings = ("",) if path.suffix.lower() == ".toml" else (".toml", ".TOML", "")
     candidates = [path.with_name(path.name + ending) for ending in endings]
     for candidate in candidates:
@@ -52,9 +54,10 @@ def find_file(given: str) -> Path:
 
 def read_entries(path: Path) -> list[Entry]:
     """All keys of the file, in order, tables flattened at any depth. Raises UserError with the line of a fault."""
-    raw = path.read_bytes()
     try:
-        text = raw.decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as fault:
+        raise UserError(f"{path}: cannot be read ({fault.strerror})") from fault
     except UnicodeDecodeError as fault:
         raise UserError(f"{path}: is not UTF-8 text (byte {fault.start}); save it as UTF-8") from fault
     try:
