@@ -52,6 +52,7 @@ class ToyDit(nn.Module):
         self.blocks = nn.ModuleList([Block()])
         nn.init.constant_(self.blocks[0].gain.weight, gain)
         self.seen: list[int] = []
+        self.attn_mode = "sdpa"
 
     def forward(self, x: Tensor, t: Tensor, number: Tensor, run=direct) -> Tensor:
         self.seen.append(len(x))

@@ -7,15 +7,17 @@ error before any model is loaded (`check_mode`), never a silent fallback.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.config.options import option
 
 LIBRARIES: Final = {
     "flash": "flash_attn",
@@ -24,6 +26,30 @@ LIBRARIES: Final = {
     "xformers": "xformers",
 }
 MODES: Final = ("sdpa", *LIBRARIES)
+_NAMES: Final = {"torch": "sdpa", "flash2": "flash", "flash_attn": "flash", "sage": "sageattn", "sage_attn": "sageattn"}
+
+
+def _mode(text: str) -> str:
+    return _NAMES.get(text, text)
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Attention"""
+
+    attn_mode: str = option(
+        "sdpa",
+        help="attention library; sdpa is torch's own, the others must be installed and want CUDA and bf16 or fp16",
+        choices=MODES,
+        parse=_mode,
+        shorthand={
+            "--sdpa": "sdpa",
+            "--flash_attn": "flash",
+            "--flash3": "flash3",
+            "--sage_attn": "sageattn",
+            "--xformers": "xformers",
+        },
+    )
 
 
 def check_mode(mode: str) -> str:
@@ -34,6 +60,14 @@ def check_mode(mode: str) -> str:
     if library is not None and find_spec(library) is None:
         raise UserError(f"attn_mode = {mode}: the package {library} is not installed; install it or use sdpa")
     return mode
+
+
+def set_mode(model: nn.Module, mode: str) -> None:
+    """Let a transformer attend by `mode`, after `check_mode`. Models hold it in an attribute `attn_mode`, which goes to
+    their blocks with the context. Raises TypeError for a model without one."""
+    if not isinstance(getattr(model, "attn_mode", None), str):
+        raise TypeError(f"{type(model).__name__} has no attribute attn_mode, so its attention cannot be chosen")
+    model.attn_mode = check_mode(mode)  # type: ignore[assignment]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None, mode: str = "sdpa") -> Tensor:

@@ -5,10 +5,11 @@ turns every distinct prompt into its condition once, and lets go. `open_dit` set
 (architecture, which LoRA modules fit) while nothing is loaded yet; `load_dit` then streams the weights.
 """
 
-import gc
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from tqdm import tqdm
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import Dit, Encoders, Family
+from musubi_tuner.memory.placement import release
+from musubi_tuner.nn.attention import set_mode
 from musubi_tuner.sampling.request import Request
 from musubi_tuner.weights.load import Delta, Merge, materialize
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
@@ -26,32 +29,6 @@ log = logging.getLogger(__name__)
 
 Prompts = Mapping[str, Mapping[str, Tensor]]
 """The condition of every prompt by its text, as the family's `encode_condition` makes it, on the CPU."""
-
-_DEVICES = ("cuda", "cpu", "mps", "xpu")
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name; None: CUDA where there is one, else the CPU. Raises UserError."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in _DEVICES:
-        raise UserError(f"device {name!r} is not known: use {', '.join(_DEVICES)}, or cuda:1 and the like")
-    try:
-        device = torch.device(name)
-    except RuntimeError as fault:
-        raise UserError(f"device {name!r} is not known: use cpu, cuda or cuda:1 and the like") from fault
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device {name}: this machine offers {torch.cuda.device_count()} CUDA devices; use --device cpu"
-        )
-    return device
-
-
-def release(device: torch.device) -> None:
-    """Give freed memory back to the device, after the last reference is gone."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def captions(requests: Iterable[Request]) -> list[str]:
@@ -89,6 +66,21 @@ def encode_prompts(
     del encoders
     release(device)
     return found
+
+
+def read_model_config(path: str | None) -> Mapping[str, Any] | None:
+    """The sizes in a `--model_config` file (a JSON object); None for None. Raises UserError."""
+    if path is None:
+        return None
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as fault:
+        raise UserError(f"--model_config {path} cannot be read: {fault.strerror}") from fault
+    except ValueError as fault:
+        raise UserError(f"--model_config {path} is not JSON: {fault}") from fault
+    if not isinstance(content, dict):
+        raise UserError(f"--model_config {path} holds {type(content).__name__}: a JSON object of sizes is needed")
+    return content
 
 
 def weight_policy(
@@ -140,13 +132,20 @@ class OpenDit:
 
 
 def open_dit(
-    family: Family, path: str, *, merges: Sequence[Merge] = (), config: Mapping[str, Any] | None = None
+    family: Family,
+    path: str,
+    *,
+    merges: Sequence[Merge] = (),
+    config: Mapping[str, Any] | None = None,
+    attn_mode: str = "sdpa",
 ) -> OpenDit:
     """Build the transformer of a checkpoint on meta and match `merges` with it.
 
-    Raises UserError for what is no checkpoint of this family and for adapters that do not apply.
+    Raises UserError for what is no checkpoint of this family, for adapters that do not apply and for an attention
+    library that is not installed.
     """
     with open_checkpoint(path) as checkpoint:
         dit = family.build_dit(checkpoint.header, config)
+    set_mode(dit, attn_mode)
     shapes = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
     return OpenDit(family, path, dit, tuple(_Bound(merge.bind(shapes)) for merge in merges))

@@ -7,7 +7,7 @@ metadata unless told otherwise: PNG text chunks, the MP4 comment, safetensors me
 import json
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -129,11 +129,11 @@ def read_latents(path: str, family: str) -> tuple[Tensor, Mapping[str, Any]]:
         return file.read(_LATENT), json.loads(about.get(_REQUEST, "{}"))
 
 
-def free_stem(folder: Path, stem: str) -> str:
-    """`stem`, or `stem_2`, `stem_3`, ... : the first that no file in `folder` begins with."""
-    taken = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+def free_stem(folder: Path, stem: str, taken: Collection[str] = ()) -> str:
+    """`stem`, or `stem_2`, `stem_3`, ... : the first that is not `taken` and that no file in `folder` begins with."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     number, found = 1, stem
-    while any(name == found or name.startswith((f"{found}.", f"{found}_latent.")) for name in taken):
+    while found in taken or any(name == found or name.startswith((f"{found}.", f"{found}_latent.")) for name in there):
         number += 1
         found = f"{stem}_{number}"
     return found

@@ -1,0 +1,108 @@
+"""Options of the generate command, in the established names."""
+
+from dataclasses import dataclass
+
+from musubi_tuner.config.options import option
+from musubi_tuner.flow.solvers import SOLVERS
+from musubi_tuner.memory.placement import DTYPES, dtype_name
+from musubi_tuner.nn.attention import MODES
+from musubi_tuner.sampling.request import MAX_SEED, MAX_STEPS
+
+OUTPUT_TYPES = ("video", "images", "latent", "both", "latent_images")
+_ATTENTION = {"torch": "sdpa", "flash2": "flash"}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Models"""
+
+    dit: str | None = option(None, help="transformer checkpoint: a file, the first shard, or a folder", metavar="FILE")
+    vae: str | None = option(None, help="VAE checkpoint; not needed for --output_type latent", metavar="FILE")
+    vae_dtype: str | None = option(
+        None,
+        help="dtype of the VAE; bfloat16 on CUDA and float32 elsewhere if not given",
+        choices=tuple(DTYPES),
+        parse=dtype_name,
+    )
+    dit_dtype: str | None = option(
+        None,
+        help="dtype that the transformer computes in, and of its weights where they are not FP8; the checkpoint's if "
+        "not given",
+        choices=tuple(DTYPES),
+        parse=dtype_name,
+    )
+    fp8: bool = option(False, help="keep the transformer's large weights in FP8; without --fp8_scaled by a plain cast")
+    fp8_scaled: bool = option(False, help="make the FP8 weights with one scale per 64 values; needs --fp8")
+    allow_prequantized: bool = option(False, help="accept an FP8 checkpoint that another tool has made")
+    attn_mode: str = option(
+        "sdpa",
+        help="attention: torch's own (sdpa) or an installed library",
+        choices=MODES,
+        parse=lambda text: _ATTENTION.get(text, text),
+    )
+    device: str | None = option(None, help="where to compute, e.g. cuda:1 or cpu; CUDA when present if not given")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """LoRA"""
+
+    lora_weight: tuple[str, ...] = option((), help="LoRA files, merged into the weights while they are loaded")
+    lora_multiplier: tuple[float, ...] = option((), help="strength of each LoRA file in turn; 1 where none is given")
+    strict_lora: bool = option(False, help="stop when any module of a LoRA file finds no place, instead of a warning")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What to sample"""
+
+    prompt: str | None = option(None, help="text to sample from")
+    negative_prompt: str = option("", help="text to lead away from, where guidance is on")
+    from_file: str | None = option(
+        None, help="prompt file: one prompt per line with its own --w --h --f --d --s --l --fs --n", metavar="FILE"
+    )
+    video_size: tuple[int, int] | None = option(
+        None, help="height and width in pixels; the task's if not given", minimum=1, metavar="HEIGHT WIDTH"
+    )
+    video_length: int | None = option(None, help="number of frames, 4 k + 1; the task's if not given", minimum=1)
+    fps: int | None = option(None, help="frames per second of the written video; the task's if not given", minimum=1)
+    seed: int | None = option(None, help="names the noise; random if not given, and told", minimum=0, maximum=MAX_SEED)
+    cpu_noise: bool = option(False, help="accepted for old command lines: noise is always drawn on the CPU")
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """Denoising"""
+
+    infer_steps: int | None = option(
+        None, help="denoising steps; the task's if not given", minimum=1, maximum=MAX_STEPS
+    )
+    guidance_scale: float | None = option(
+        None, help="scale of classifier-free guidance; 1 turns it off and halves the time; the task's if not given"
+    )
+    flow_shift: float | None = option(
+        None, help="more than 1 spends more steps near noise; the task's if not given", above=0
+    )
+    sample_solver: str | None = option(
+        None, help="solver: " + ", ".join(f"{n} ({s.about})" for n, s in SOLVERS.items()), choices=tuple(SOLVERS)
+    )
+    cfg_batch: bool = option(
+        False, help="guidance by one call of twice the batch: faster for small models, more memory"
+    )
+    sample_batch_size: int = option(1, help="prompts of one size that are sampled together", minimum=1)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Output"""
+
+    save_path: str = option("", help="folder that the samples are written to", required=True, metavar="FOLDER")
+    output_type: str = option(
+        "video",
+        help="video (PNG where there is one frame), images (one PNG per frame), latent, both (video and latent), "
+        "latent_images (latent and images)",
+        choices=OUTPUT_TYPES,
+    )
+    latent_path: tuple[str, ...] = option((), help="decode these latent files instead of sampling")
+    trim_tail_frames: int = option(0, help="frames to drop from the end of each sample", minimum=0)
+    no_metadata: bool = option(False, help="write files without the prompt and settings that made them")
