@@ -24,7 +24,7 @@ from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import Header, open_checkpoint
 
 # transformers casts the feed-forward's activations to the dtype of its last weight, so that one stays as it is
-_FP8_TARGETS = Fp8Targets(include=("attn.", "ffn.gate", "ffn.fc1"), exclude=("norm", "pos_embedding"))
+_FP8_TARGETS = Fp8Targets(include=("SelfAttention", "DenseReluDense.wi_"), exclude=("relative_attention_bias",))
 _TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", "umt5-xxl", ".")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
