@@ -2,6 +2,7 @@
 
 import json
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,3 +73,12 @@ def test_help_and_unknown_flags(capsys):
     assert (code, "--json" in page) == (0, True)
     with pytest.raises(ValueError, match="did you mean --json"):
         doctor.main(["--jsn"])
+
+
+def test_a_cuda_device_is_described(monkeypatch):
+    facts = SimpleNamespace(name="Some GPU", major=9, minor=0, total_memory=141 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    rows = {row.name: row for row in doctor.devices()}
+    assert rows["cuda:0"].note.startswith("Some GPU, sm_90, 141.0 GiB, CUDA ")
