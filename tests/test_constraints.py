@@ -26,9 +26,9 @@ def pins() -> dict[str, Requirement]:
 
 
 def asked() -> list[Requirement]:
-    extras = PROJECT["project"]["optional-dependencies"].values()
-    lines = PROJECT["project"]["dependencies"] + sum(extras, []) + PROJECT["build-system"]["requires"]
-    return [Requirement(line) for line in lines]
+    project = PROJECT["project"]
+    lists = [project["dependencies"], *project["optional-dependencies"].values(), PROJECT["build-system"]["requires"]]
+    return [Requirement(line) for lines in lists for line in lines]
 
 
 def test_every_direct_requirement_is_pinned_inside_its_range():
