@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from musubi_kernels import quantize_fp8
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.nn.linear import FP8_DTYPES, mode_used, scale_shape
+from musubi_tuner.nn.linear import FP8_DTYPES, Fp8Linear, mode_used, scale_shape
 from musubi_tuner.weights.keys import Rename, same
+from musubi_tuner.weights.place import empty_weight
 from musubi_tuner.weights.plan import Placement, model_tensors, plan_loading, slot_of
-from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
+from musubi_tuner.weights.policy import FP8_FILE_DTYPES, Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import Checkpoint
 
-CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 1 << 20
 """Rows are staged in pieces of about this size: small beside any model, large beside the cost of a read."""
 
 Delta = Callable[[int, int], Tensor]
@@ -163,18 +164,23 @@ class _Loader:
         dtype = self._dtype_for(placement)
         plain = self.device.type == "cpu" and dtype == info.dtype and placement.name not in self.deltas
         if plain or not info.shape:
-            tensor = self.checkpoint.read(placement.source).to(self.device, dtype)
+            out = empty_weight(info.shape, info.dtype, "cpu")
             bar.update(info.nbytes)
-            return tensor
-        result = torch.empty(info.shape, dtype=dtype, device=self.device)
+            return self.checkpoint.read(placement.source, out=out).to(self.device, dtype)
+        result = empty_weight(info.shape, dtype, self.device)
         for first, rows in self._chunks(placement, bar):
             result[first : first + len(rows)].copy_(rows)
         return result
 
     def _dtype_for(self, placement: Placement) -> torch.dtype:
+        """FP8 slots and integers keep the file's dtype; the rest takes the policy's."""
         stored = placement.info.dtype
-        castable = stored.is_floating_point and stored.itemsize > 1 and not placement.name.endswith(".scale_weight")
-        return self.policy.dtype if castable and self.policy.dtype is not None else stored
+        in_slot = isinstance(slot_of(self.model, placement.name)[0], Fp8Linear)
+        if not stored.is_floating_point or (in_slot and not placement.name.endswith(".bias")):
+            return stored
+        if stored in FP8_FILE_DTYPES:  # an unscaled cast of something that is no linear layer
+            return self.policy.dtype or torch.bfloat16
+        return self.policy.dtype or stored
 
     def _quantized(self, placement: Placement, fp8: Fp8Policy, bar: Any) -> tuple[Tensor, Tensor]:
         """FP8 codes and scales, in the layout of the whole tensor however it is chunked."""
@@ -197,12 +203,9 @@ class _Loader:
     ) -> tuple[Tensor, Tensor] | None:
         """Quantise row chunks into place; None when the chunks' scales do not agree on a dtype."""
         shape = placement.info.shape
-        weight = torch.empty(shape, dtype=FP8_DTYPES[fp8.fmt], device=self.device)
-        scales = torch.empty(
-            scale_shape(shape, fp8.mode, fp8.block_size),
-            dtype=scale_dtype or placement.info.dtype,
-            device=self.device,
-        )
+        weight = empty_weight(shape, FP8_DTYPES[fp8.fmt], self.device)
+        layout = scale_shape(shape, fp8.mode, fp8.block_size)
+        scales = empty_weight(layout, scale_dtype or placement.info.dtype, self.device)
         agreed = True
         for first, rows in self._chunks(placement, bar):
             codes, scale = _quantize_rows(placement, rows, first, fp8, scale_dtype)
@@ -215,7 +218,7 @@ class _Loader:
         """A cast that saturates; the scale is 1."""
         dtype = FP8_DTYPES[fp8.fmt]
         largest = torch.finfo(dtype).max
-        weight = torch.empty(placement.info.shape, dtype=dtype, device=self.device)
+        weight = empty_weight(placement.info.shape, dtype, self.device)
         for first, rows in self._chunks(placement, bar):
             _require_finite(placement, rows, first)
             weight[first : first + len(rows)] = rows.float().clamp(-largest, largest).to(dtype)

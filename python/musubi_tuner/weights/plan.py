@@ -51,14 +51,19 @@ def plan_loading(model: nn.Module, checkpoint: Checkpoint, rename: Rename, polic
     """Put FP8 slots in `model` (on meta) and find the place of every tensor. Raises UserError as described above."""
     header = checkpoint.header
     sources, dropped = _rename_all(header, rename)
-    quantized = {name: key for name, key in sources.items() if header.tensors[key].dtype in FP8_FILE_DTYPES}
+    quantized = {
+        name: key
+        for name, key in sources.items()
+        if header.tensors[key].dtype in FP8_FILE_DTYPES and not name.endswith(_FOREIGN_EXTRAS)
+    }
     unit_scales: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
     if quantized:
         _allow_quantized_file(header, quantized, policy)
         sources, more = _read_foreign_names(sources)
         dropped += more
-        unit_scales = _place_given_slots(model, header, sources, quantized)
+        given, unit_scales = _place_given_slots(model, header, sources, quantized)
     elif policy.fp8 is not None:
         fresh = _place_fresh_slots(model, policy.fp8, sources, header)
     computed = {f"{path}.scale_weight" for path in (*fresh, *unit_scales)}
@@ -71,8 +76,7 @@ def plan_loading(model: nn.Module, checkpoint: Checkpoint, rename: Rename, polic
     files = {path: number for number, path in enumerate(header.paths)}
     placements.sort(key=lambda p: (files[p.info.file], p.info.start))
     kept = _kept(policy.fp8, sources, fresh) if not quantized else ()
-    slots = fresh or tuple(name.removesuffix(".weight") for name in quantized)
-    return Plan(tuple(placements), slots, kept, tuple(dropped), unit_scales)
+    return Plan(tuple(placements), given or fresh, kept, tuple(dropped), unit_scales)
 
 
 def _rename_all(header: Header, rename: Rename) -> tuple[dict[str, str], list[str]]:
@@ -140,15 +144,10 @@ def _read_foreign_names(sources: Mapping[str, str]) -> tuple[dict[str, str], lis
 
 def _place_given_slots(
     model: nn.Module, header: Header, sources: Mapping[str, str], quantized: Mapping[str, str]
-) -> tuple[str, ...]:
-    """Slots with the file's own formats and scale shapes; the paths whose scale the file leaves out (it is 1)."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Slots with the file's own formats and scale shapes: all their paths, and those without a scale (it is 1)."""
     unscaled: list[str] = []
-    wrong = [name for name in quantized if not _is_linear(model, name.removesuffix(".weight"))]
-    if wrong:
-        raise UserError(
-            f"checkpoint {_file(header)}: FP8 tensors that are not weights of linear layers: {some(wrong)}; "
-            "this file does not fit the model"
-        )
+    # FP8 tensors of other kinds are cast back by the loader; a scale for one has no place in the model and is told
 
     def build(path: str, linear: nn.Linear) -> nn.Module:
         fmt = "e5m2" if header.tensors[quantized[f"{path}.weight"]].dtype == torch.float8_e5m2 else "e4m3"
@@ -162,15 +161,8 @@ def _place_given_slots(
         slot.scale_weight = torch.empty(scale.shape, dtype=scale.dtype, device=slot.weight.device)
         return slot
 
-    replace_linears(model, lambda path, _: f"{path}.weight" in quantized, build)
-    return tuple(unscaled)
-
-
-def _is_linear(model: nn.Module, path: str) -> bool:
-    try:
-        return type(model.get_submodule(path)) is nn.Linear
-    except AttributeError:
-        return False
+    placed = replace_linears(model, lambda path, _: f"{path}.weight" in quantized, build)
+    return placed, tuple(unscaled)
 
 
 def _check_given_scale(path: str, linear: nn.Linear, scale: TensorInfo) -> None:
