@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 
 from musubi_tuner.config.command_line import Arity
-from musubi_tuner.config.options import Known
+from musubi_tuner.config.layers import Known
 
 
 @cache
