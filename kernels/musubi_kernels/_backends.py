@@ -77,5 +77,5 @@ def _describe(name: Backend) -> str:
     if name == "native":
         module, _ = load_native()
         if module is not None:
-            return f"available: {module.isa()} of {', '.join(module.isas())}"
+            return f"available: this processor can run {', '.join(module.isas())}"
     return "available: torch operations in row chunks, any device" if name == "reference" else "available"

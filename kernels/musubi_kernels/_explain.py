@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import torch
 
-from musubi_kernels._backends import BACKENDS, load_native
+from musubi_kernels._backends import BACKENDS, missing
+from musubi_kernels._native import isa_name
 from musubi_kernels._op import Op
 
 
@@ -54,7 +55,6 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 
 def _in_full(backend: str) -> str:
-    module, _ = load_native()
-    if backend == "native" and module is not None:
-        return f"native-{module.isa()} on {torch.get_num_threads()} thread(s)"
+    if backend == "native" and missing("native") is None:
+        return f"native-{isa_name()} on {torch.get_num_threads()} thread(s)"
     return backend

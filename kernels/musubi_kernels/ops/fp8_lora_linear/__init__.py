@@ -23,7 +23,7 @@ from musubi_kernels._explain import Plan, planned_by
 from musubi_kernels._formats import check_pair, format_of
 from musubi_kernels._op import Op
 from musubi_kernels.ops.fp8_linear import bias_gradient
-from musubi_kernels.ops.fp8_lora_linear import reference
+from musubi_kernels.ops.fp8_lora_linear import native, reference
 
 
 def _forward_fake(
@@ -63,6 +63,7 @@ FORWARD = Op(
     " -> (Tensor, Tensor)",
     _forward_fake,
 )
+FORWARD.serve("native", native.forward, native.refuses)
 FORWARD.serve("reference", reference.forward)
 
 BACKWARD = Op(
@@ -71,6 +72,7 @@ BACKWARD = Op(
     " str fmt, bool need_x) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
+BACKWARD.serve("native", native.backward, native.refuses_backward)
 BACKWARD.serve("reference", reference.backward)
 
 

@@ -20,7 +20,7 @@ from musubi_kernels._formats import (
     resolve_mode,
 )
 from musubi_kernels._op import Op
-from musubi_kernels.ops.fp8_quantize import reference
+from musubi_kernels.ops.fp8_quantize import native, reference
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -47,6 +47,7 @@ QUANTIZE = Op(
     "(Tensor w, str mode, int block, ScalarType scale_dtype, str fmt, str search) -> (Tensor, Tensor)",
     _quantize_fake,
 )
+QUANTIZE.serve("native", native.quantize, native.refuses_quantize)
 QUANTIZE.serve("reference", reference.quantize)
 
 DEQUANTIZE = Op(
@@ -54,6 +55,7 @@ DEQUANTIZE = Op(
     "(Tensor q, Tensor scale, str fmt, ScalarType dtype) -> Tensor",
     _dequantize_fake,
 )
+DEQUANTIZE.serve("native", native.dequantize, native.refuses_dequantize)
 DEQUANTIZE.serve("reference", reference.dequantize)
 
 

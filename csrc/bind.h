@@ -1,0 +1,13 @@
+// What each op adds to the module.
+#pragma once
+
+namespace pybind11 {
+class module_;
+}
+
+namespace musubi {
+
+void bind_fp8_linear(pybind11::module_& module);
+void bind_fp8_quantize(pybind11::module_& module);
+
+}  // namespace musubi

@@ -1,0 +1,37 @@
+// musubi_kernels._C: the compiled bodies. It takes addresses, sizes, strides and dtype codes, and knows no torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "bind.h"
+#include "common/isa.h"
+#include "common/pool.h"
+#include "common/scratch.h"
+
+PYBIND11_MODULE(_C, module) {
+  module.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < musubi::kIsaCount; ++i) {
+          const auto isa = static_cast<musubi::Isa>(i);
+          if (musubi::has(isa)) names.emplace_back(musubi::name_of(isa));
+        }
+        return names;
+      },
+      "Instruction sets that this processor can run, the best one last; an op's `isa` is an index into all_isas().");
+  module.def(
+      "all_isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < musubi::kIsaCount; ++i) names.emplace_back(musubi::name_of(static_cast<musubi::Isa>(i)));
+        return names;
+      },
+      "Instruction sets of this build.");
+  module.def("pool_workers", &musubi::pool_workers, "Worker threads that exist now.");
+  module.def("scratch_bytes", &musubi::scratch_bytes, "Bytes of scratch that this thread holds.");
+  musubi::bind_fp8_linear(module);
+  musubi::bind_fp8_quantize(module);
+}

@@ -1,0 +1,405 @@
+// The blocked product, written once over a vector type and a kernel, and compiled once per ISA in its own namespace.
+//
+// Lanes run over M. x is packed in tiles of V vectors of rows, [contraction][lanes], once per call; a panel of weights
+// is decoded, scaled and held in cache; the micro kernel keeps V x R sums in registers, loads V vectors of x and
+// broadcasts R weights per step. So the weight's bytes are decoded once per chunk of M, whatever M is, and no scalar
+// work depends on the layout of scales. A contraction unit is four bytes: one float, or two bf16.
+//
+// Sums are carried in float32 between contraction blocks, which also bounds the error of long float32 sums.
+#include <cstring>
+
+#include "common/pool.h"
+#include "common/scratch.h"
+#include "ops/fp8_linear/fp8_linear.h"
+
+namespace musubi {
+namespace MUSUBI_ISA {
+namespace {
+
+constexpr int64_t kPackedBytes = int64_t{10} << 20;  // x is packed in chunks of M of at most this size
+constexpr int64_t kBlockUnits = 256;                 // contraction units per panel
+constexpr int64_t kWideOutputs = 192;                // outputs per panel: 196 KB of units, half of a small L2
+constexpr int64_t kNarrowOutputs = 48;               // with few rows a panel that stays in L1 is better
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t round_up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
+
+inline const void* at(const Rows& m, int64_t row, int64_t col) {
+  return static_cast<const char*>(m.data) + (row * m.stride + col) * size_of(m.dtype);
+}
+
+inline void copy_bytes(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+
+inline float scale_of(const Fp8Rows& w, int64_t n, int64_t k) {
+  const int64_t i = n * w.scale_row + (k / w.block) * w.scale_block;
+  return Vec::one(w.scale, w.scale_dtype, i);
+}
+
+// out[0 .. count) = float(codes) * scale
+inline void decode_run(const uint8_t* codes, int64_t count, float scale, Format format, float* out) {
+  const auto factor = Vec::set1(scale);
+  int64_t i = 0;
+  for (; i + Vec::W <= count; i += Vec::W) Vec::store(out + i, Vec::mul(Vec::decode(codes + i, format), factor));
+  if (i == count) return;
+  uint8_t few[Vec::W] = {};
+  float wide[Vec::W];
+  copy_bytes(few, codes + i, count - i);
+  Vec::store(wide, Vec::mul(Vec::decode(few, format), factor));
+  for (int64_t j = i; j < count; ++j) out[j] = wide[j - i];
+}
+
+// out[0 .. k1 - k0) = row n of the weight from k0 to k1, each code times its scale.
+inline void decode_row(const Fp8Rows& w, int64_t n, int64_t k0, int64_t k1, float* out) {
+  const uint8_t* row = w.codes + n * w.stride;
+  for (int64_t k = k0; k < k1;) {
+    const int64_t end = least(k1, (k / w.block + 1) * w.block);
+    decode_run(row + k, end - k, scale_of(w, n, k), w.format, out + (k - k0));
+    k = end;
+  }
+}
+
+// A row of any dtype as floats.
+inline void read_row(const Rows& m, int64_t row, int64_t c0, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + Vec::W <= count; i += Vec::W) Vec::store(out + i, Vec::load_as(at(m, row, c0), m.dtype, i));
+  for (; i < count; ++i) out[i] = Vec::one(at(m, row, c0), m.dtype, i);
+}
+
+// The kernel that multiplies in float32: a unit is one float.
+struct FloatKernel {
+  static constexpr int64_t kPerUnit = 1;
+
+  static typename Vec::F load_units(const void* row, Dtype dtype, int64_t unit) {
+    return Vec::load_as(row, dtype, unit);
+  }
+
+  // panel[j * stride + unit]: rows j0 .. of W from contraction c0.
+  static void fill_forward(const Fp8Rows& w, int64_t j0, int64_t jn, int64_t c0, int64_t cn, float* panel,
+                           int64_t stride) {
+    for (int64_t j = 0; j < jn; ++j) decode_row(w, j0 + j, c0, c0 + cn, panel + j * stride);
+  }
+
+  // panel[unit * stride + j]: columns j0 .. of W from row c0.
+  static void fill_gradient(const Fp8Rows& w, int64_t j0, int64_t jn, int64_t c0, int64_t cn, float* panel,
+                            int64_t stride) {
+    for (int64_t c = 0; c < cn; ++c) decode_row(w, c0 + c, j0, j0 + jn, panel + c * stride);
+  }
+
+  static void fill_forward_tail(const Rows& up, float strength, int64_t j0, int64_t jn, float* panel, int64_t stride) {
+    for (int64_t j = 0; j < jn; ++j) {
+      read_row(up, j0 + j, 0, up.cols, panel + j * stride);
+      for (int64_t r = 0; r < up.cols; ++r) panel[j * stride + r] *= strength;
+    }
+  }
+
+  static void fill_gradient_tail(const Rows& down, float strength, int64_t j0, int64_t jn, float* panel,
+                                 int64_t stride) {
+    for (int64_t r = 0; r < down.rows; ++r) {
+      read_row(down, r, j0, jn, panel + r * stride);
+      for (int64_t j = 0; j < jn; ++j) panel[r * stride + j] *= strength;
+    }
+  }
+
+  template <int V, int R, bool kTransposed>
+  static void micro(const float* x, int64_t units, const float* panel, int64_t stride, float* sums, bool first) {
+    typename Vec::F acc[R][V];
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) acc[r][v] = first ? Vec::zero() : Vec::load(sums + (r * V + v) * Vec::W);
+    }
+    for (int64_t u = 0; u < units; ++u) {
+      typename Vec::F xs[V];
+      for (int v = 0; v < V; ++v) xs[v] = Vec::load(x + (u * V + v) * Vec::W);
+      for (int r = 0; r < R; ++r) {
+        const auto weight = Vec::set1(kTransposed ? panel[u * stride + r] : panel[r * stride + u]);
+        for (int v = 0; v < V; ++v) acc[r][v] = Vec::fma(xs[v], weight, acc[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) Vec::store(sums + (r * V + v) * Vec::W, acc[r][v]);
+    }
+  }
+};
+
+// How many vectors of rows a tile has when `left` vectors are to be done, and how many outputs go with it in registers.
+inline int tile_vectors(int64_t left) {
+  if (kMaxVectors >= 3) return left == 4 ? 2 : static_cast<int>(least(left, 3));
+  return static_cast<int>(least(left, kMaxVectors));
+}
+
+template <class Kernel>
+class Multiply {
+ public:
+  explicit Multiply(const LinearTask& task)
+      : task_(task),
+        outputs_(task.outputs()),
+        contraction_(task.x.cols),
+        rank_(task.low.data == nullptr ? 0 : task.low.cols),
+        main_units_((contraction_ + Kernel::kPerUnit - 1) / Kernel::kPerUnit),
+        units_(main_units_ + (rank_ + Kernel::kPerUnit - 1) / Kernel::kPerUnit) {}
+
+  void run() {
+    const int64_t fits = kPackedBytes / (4 * (units_ > 0 ? units_ : 1));
+    const int64_t most = fits < kTile ? kTile : fits / kTile * kTile;
+    const int64_t chunks = (task_.x.rows + most - 1) / most;
+    const int64_t rows = chunks > 0 ? round_up((task_.x.rows + chunks - 1) / chunks, chunks > 1 ? kTile : Vec::W) : 0;
+    for (int64_t m = 0; m < task_.x.rows; m += rows) part(m, least(rows, task_.x.rows - m));
+  }
+
+ private:
+  static constexpr int64_t kTile = kMaxVectors * Vec::W;
+
+  void part(int64_t first_row, int64_t rows) {
+    first_row_ = first_row;
+    rows_ = rows;
+    vectors_ = (rows + Vec::W - 1) / Vec::W;
+    wide_ = task_.transposed || vectors_ > kMaxVectors ? kWideOutputs : kNarrowOutputs;
+    packed_ = static_cast<float*>(scratch(Slot::packed, vectors_ * Vec::W * units_ * 4));
+    parallel_chunks(vectors_, task_.threads, [this](int64_t v) { pack(v); });
+    const int64_t panels = (outputs_ + wide_ - 1) / wide_;
+    parallel_chunks(panels, task_.threads, [this](int64_t p) { panel(p * wide_); });
+  }
+
+  // Which tile vector v of rows belongs to: its first vector and width.
+  int64_t tile_start(int64_t v, int* width) const {
+    for (int64_t start = 0;;) {
+      *width = tile_vectors(vectors_ - start);
+      if (v < start + *width) return start;
+      start += *width;
+    }
+  }
+
+  void pack(int64_t v) const {
+    int width = 0;
+    const int64_t start = tile_start(v, &width);
+    float* to = packed_ + (start * units_ + (v - start)) * Vec::W;
+    const int64_t first = first_row_ + v * Vec::W;
+    const int64_t count = least(Vec::W, first_row_ + rows_ - first);
+    pack_units(task_.x, first, count, contraction_, to, width * Vec::W);
+    if (rank_ > 0) pack_units(task_.low, first, count, rank_, to + main_units_ * width * Vec::W, width * Vec::W);
+  }
+
+  static void pack_units(const Rows& x, int64_t first, int64_t count, int64_t cols, float* to, int64_t lanes) {
+    constexpr int64_t step = Vec::W * Kernel::kPerUnit;
+    typename Vec::F r[Vec::W];
+    for (int64_t c = 0; c < cols; c += step) {
+      const int64_t here = least(step, cols - c);
+      for (int64_t i = 0; i < Vec::W; ++i) {
+        if (i >= count) {
+          r[i] = Vec::zero();
+        } else if (here == step) {
+          r[i] = Kernel::load_units(at(x, first + i, c), x.dtype, 0);
+        } else {
+          alignas(64) char few[4 * Vec::W * Kernel::kPerUnit] = {};
+          copy_bytes(few, at(x, first + i, c), here * size_of(x.dtype));
+          r[i] = Kernel::load_units(few, x.dtype, 0);
+        }
+      }
+      Vec::transpose(r);
+      const int64_t units = (here + Kernel::kPerUnit - 1) / Kernel::kPerUnit;
+      for (int64_t u = 0; u < units; ++u) Vec::store(to + (c / Kernel::kPerUnit + u) * lanes, r[u]);
+    }
+  }
+
+  void panel(int64_t j0) const {
+    const int64_t jn = least(wide_, outputs_ - j0);
+    const int64_t stride = task_.transposed ? wide_ : kBlockUnits + 16;
+    float* const weights = static_cast<float*>(scratch(Slot::panel, (kBlockUnits + 16) * wide_ * 4));
+    float* const sums = static_cast<float*>(scratch(Slot::sums, vectors_ * Vec::W * wide_ * 4));
+    if (units_ == 0) {
+      for (int64_t i = 0; i < vectors_ * Vec::W * wide_; ++i) sums[i] = 0.0f;
+    }
+    for (int64_t u = 0; u < units_;) {
+      const bool in_tail = u >= main_units_;
+      const int64_t un = least(kBlockUnits, (in_tail ? units_ : main_units_) - u);
+      in_tail ? fill_tail(j0, jn, weights, stride, u - main_units_) : fill(j0, jn, u, un, weights, stride);
+      tiles(jn, u, un, weights, stride, sums);
+      u += un;
+    }
+    finish(j0, jn, sums);
+  }
+
+  void fill(int64_t j0, int64_t jn, int64_t u, int64_t un, float* weights, int64_t stride) const {
+    const int64_t c0 = u * Kernel::kPerUnit;
+    const int64_t cn = least(un * Kernel::kPerUnit, contraction_ - c0);
+    if (task_.transposed) {
+      Kernel::fill_gradient(task_.w, j0, jn, c0, cn, weights, stride);
+    } else {
+      Kernel::fill_forward(task_.w, j0, jn, c0, cn, weights, stride);
+    }
+  }
+
+  void fill_tail(int64_t j0, int64_t jn, float* weights, int64_t stride, int64_t done) const {
+    Rows part = task_.tail;
+    const int64_t r0 = done * Kernel::kPerUnit;
+    const int64_t rn = least(kBlockUnits * Kernel::kPerUnit, rank_ - r0);
+    part.data = task_.transposed ? at(part, r0, 0) : at(part, 0, r0);
+    (task_.transposed ? part.rows : part.cols) = rn;
+    if (task_.transposed) {
+      Kernel::fill_gradient_tail(part, task_.strength, j0, jn, weights, stride);
+    } else {
+      Kernel::fill_forward_tail(part, task_.strength, j0, jn, weights, stride);
+    }
+  }
+
+  void tiles(int64_t jn, int64_t u, int64_t un, const float* weights, int64_t stride, float* sums) const {
+    for (int64_t start = 0; start < vectors_;) {
+      const int width = tile_vectors(vectors_ - start);
+      const float* x = packed_ + (start * units_ + u * width) * Vec::W;
+      float* to = sums + start * Vec::W * wide_;
+      if (task_.transposed) {
+        tile<true>(width, jn, x, un, weights, stride, to, u == 0);
+      } else {
+        tile<false>(width, jn, x, un, weights, stride, to, u == 0);
+      }
+      start += width;
+    }
+  }
+
+  template <bool kTransposed>
+  static void tile(int width, int64_t jn, const float* x, int64_t un, const float* weights, int64_t stride, float* to,
+                   bool first) {
+    switch (width) {
+      case 1:
+        return groups<1, kOutputs1, kTransposed>(jn, x, un, weights, stride, to, first);
+      case 2:
+        return groups<2, kOutputs2, kTransposed>(jn, x, un, weights, stride, to, first);
+      default:
+        return groups<kMaxVectors, kOutputs3, kTransposed>(jn, x, un, weights, stride, to, first);
+    }
+  }
+
+  template <int V, int R, bool kTransposed>
+  static void groups(int64_t jn, const float* x, int64_t un, const float* weights, int64_t stride, float* to,
+                     bool first) {
+    static_assert(kNarrowOutputs % R == 0 && kWideOutputs % R == 0, "a panel is whole groups");
+    for (int64_t j = 0; j < jn; j += R) {
+      const float* from = weights + (kTransposed ? j : j * stride);
+      Kernel::template micro<V, R, kTransposed>(x, un, from, stride, to + j * V * Vec::W, first);
+    }
+  }
+
+  // sums -> out: add the bias, turn lanes into rows, round once.
+  void finish(int64_t j0, int64_t jn, const float* sums) const {
+    float* const bias = static_cast<float*>(scratch(Slot::rows, (wide_ + Vec::W) * 4));
+    for (int64_t j = 0; j < wide_ + Vec::W; ++j) bias[j] = 0.0f;
+    if (task_.bias.data != nullptr) read_row(task_.bias, 0, j0, jn, bias);
+    for (int64_t start = 0; start < vectors_;) {
+      const int width = tile_vectors(vectors_ - start);
+      for (int v = 0; v < width; ++v) {
+        const float* from = sums + start * Vec::W * wide_ + v * Vec::W;
+        finish_rows((start + v) * Vec::W, j0, jn, from, width * Vec::W, bias);
+      }
+      start += width;
+    }
+  }
+
+  void finish_rows(int64_t row, int64_t j0, int64_t jn, const float* from, int64_t lanes, const float* bias) const {
+    const int64_t count = least(Vec::W, rows_ - row);
+    const int64_t bytes = size_of(task_.out_dtype);
+    char* const out = static_cast<char*>(task_.out) + ((first_row_ + row) * outputs_ + j0) * bytes;
+    typename Vec::F r[Vec::W];
+    for (int64_t j = 0; j < jn; j += Vec::W) {
+      const int64_t here = least(Vec::W, jn - j);
+      for (int64_t i = 0; i < Vec::W; ++i) r[i] = i < here ? Vec::load(from + (j + i) * lanes) : Vec::zero();
+      Vec::transpose(r);
+      const auto shift = Vec::load(bias + j);
+      for (int64_t i = 0; i < count; ++i) {
+        char* const to = out + (i * outputs_ + j) * bytes;
+        if (here == Vec::W) {
+          Vec::store_as(to, task_.out_dtype, 0, Vec::add(r[i], shift));
+        } else {
+          alignas(64) char wide[4 * Vec::W];
+          Vec::store_as(wide, task_.out_dtype, 0, Vec::add(r[i], shift));
+          copy_bytes(to, wide, here * bytes);
+        }
+      }
+    }
+  }
+
+  const LinearTask& task_;
+  const int64_t outputs_;
+  const int64_t contraction_;
+  const int64_t rank_;
+  const int64_t main_units_;
+  const int64_t units_;
+  int64_t first_row_ = 0;
+  int64_t rows_ = 0;
+  int64_t vectors_ = 0;
+  int64_t wide_ = 0;
+  float* packed_ = nullptr;
+};
+
+// The forward for few rows in float32: a decoded row of W meets every row of x; nothing is packed but x as floats.
+constexpr int64_t kFewRows = 4;
+constexpr int64_t kRowsPerChunk = 64;
+
+inline float dot(const float* a, const float* b, int64_t count) {
+  auto s0 = Vec::zero(), s1 = Vec::zero(), s2 = Vec::zero(), s3 = Vec::zero();
+  int64_t i = 0;
+  for (; i + 4 * Vec::W <= count; i += 4 * Vec::W) {
+    s0 = Vec::fma(Vec::load(a + i), Vec::load(b + i), s0);
+    s1 = Vec::fma(Vec::load(a + i + Vec::W), Vec::load(b + i + Vec::W), s1);
+    s2 = Vec::fma(Vec::load(a + i + 2 * Vec::W), Vec::load(b + i + 2 * Vec::W), s2);
+    s3 = Vec::fma(Vec::load(a + i + 3 * Vec::W), Vec::load(b + i + 3 * Vec::W), s3);
+  }
+  for (; i + Vec::W <= count; i += Vec::W) s0 = Vec::fma(Vec::load(a + i), Vec::load(b + i), s0);
+  float total = Vec::sum(Vec::add(Vec::add(s0, s1), Vec::add(s2, s3)));
+  for (; i < count; ++i) total += a[i] * b[i];
+  return total;
+}
+
+// sums [M][kRowsPerChunk] of outputs j0 .. j0 + jn, plus bias and low-rank tail, to out. `low`: its rows as floats.
+inline void finish_few(const LinearTask& task, const float* low, int64_t j0, int64_t jn, float* sums) {
+  const int64_t rank = low == nullptr ? 0 : task.low.cols, outputs = task.outputs();
+  float bias[kRowsPerChunk] = {};
+  if (task.bias.data != nullptr) read_row(task.bias, 0, j0, jn, bias);
+  float* const up = static_cast<float*>(scratch(Slot::panel, (rank + Vec::W) * 4));
+  for (int64_t j = 0; rank > 0 && j < jn; ++j) {
+    read_row(task.tail, j0 + j, 0, rank, up);
+    for (int64_t m = 0; m < task.x.rows; ++m)
+      sums[m * kRowsPerChunk + j] += task.strength * dot(low + m * rank, up, rank);
+  }
+  const int64_t bytes = size_of(task.out_dtype);
+  for (int64_t m = 0; m < task.x.rows; ++m) {
+    char* const out = static_cast<char*>(task.out) + (m * outputs + j0) * bytes;
+    alignas(64) char wide[4 * kRowsPerChunk];
+    for (int64_t j = 0; j < kRowsPerChunk; j += Vec::W) {
+      const auto sum = Vec::add(Vec::load(sums + m * kRowsPerChunk + j), Vec::load(bias + j));
+      Vec::store_as(wide, task.out_dtype, j, sum);
+    }
+    std::memcpy(out, wide, static_cast<size_t>(jn * bytes));
+  }
+}
+
+inline const float* floats_of(const Rows& m, float* to) {
+  if (m.data == nullptr) return nullptr;
+  for (int64_t i = 0; i < m.rows; ++i) read_row(m, i, 0, m.cols, to + i * m.cols);
+  return to;
+}
+
+inline void linear_few_rows(const LinearTask& task) {
+  const int64_t m = task.x.rows, k = task.x.cols, n = task.w.rows;
+  const int64_t rank = task.low.data == nullptr ? 0 : task.low.cols;
+  float* const held = static_cast<float*>(scratch(Slot::packed, (m * (k + rank) + 1) * 4));
+  const float* const x = floats_of(task.x, held);
+  const float* const low = floats_of(task.low, held + m * k);
+  parallel_chunks((n + kRowsPerChunk - 1) / kRowsPerChunk, task.threads, [&](int64_t chunk) {
+    const int64_t j0 = chunk * kRowsPerChunk, jn = least(kRowsPerChunk, n - j0);
+    float* const row = static_cast<float*>(scratch(Slot::rows, k * 4 + 4));
+    float sums[kFewRows * kRowsPerChunk] = {};
+    for (int64_t j = 0; j < jn; ++j) {
+      decode_row(task.w, j0 + j, 0, k, row);
+      for (int64_t i = 0; i < m; ++i) sums[i * kRowsPerChunk + j] = dot(x + i * k, row, k);
+    }
+    finish_few(task, low, j0, jn, sums);
+  });
+}
+
+inline void linear_in_floats(const LinearTask& task) {
+  if (!task.transposed && task.x.rows <= kFewRows) return linear_few_rows(task);
+  Multiply<FloatKernel>(task).run();
+}
+
+}  // namespace
+}  // namespace MUSUBI_ISA
+}  // namespace musubi

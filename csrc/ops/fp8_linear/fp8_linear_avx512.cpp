@@ -1,0 +1,23 @@
+// The avx512 build of the product.
+#define MUSUBI_ISA avx512
+#include "common/vec_avx512.h"
+
+namespace musubi {
+namespace MUSUBI_ISA {
+// Registers: vectors of rows per tile, and outputs that go with 1, 2 and kMaxVectors of them.
+constexpr int kMaxVectors = 3;
+constexpr int kOutputs1 = 24;
+constexpr int kOutputs2 = 12;
+constexpr int kOutputs3 = 8;
+}  // namespace MUSUBI_ISA
+}  // namespace musubi
+
+#include "ops/fp8_linear/fp8_linear-inl.h"
+
+namespace musubi {
+namespace MUSUBI_ISA {
+
+void linear(const LinearTask& task) { linear_in_floats(task); }
+
+}  // namespace MUSUBI_ISA
+}  // namespace musubi

@@ -1,0 +1,369 @@
+// The AVX-512 build with BF16 and VBMI: bf16 activations multiply in bf16 pairs with float32 sums.
+//
+// A code becomes bf16 by two table look-ups of seven bits (upper and lower byte) and its sign bit: exact for every
+// code, denormals and NaN too, in both formats. Up to kFewPairRows rows of x take the dot form, where a block's
+// partial sum meets its scale in float32; more rows take the panel, whose weights are scaled and rounded to bf16.
+#define MUSUBI_ISA avx512bf16
+#include "common/vec_avx512.h"
+
+namespace musubi {
+namespace MUSUBI_ISA {
+// Registers: vectors of rows per tile, and outputs that go with 1, 2 and kMaxVectors of them.
+constexpr int kMaxVectors = 3;
+constexpr int kOutputs1 = 24;
+constexpr int kOutputs2 = 12;
+constexpr int kOutputs3 = 8;
+}  // namespace MUSUBI_ISA
+}  // namespace musubi
+
+#include "ops/fp8_linear/fp8_linear-inl.h"
+
+namespace musubi {
+namespace MUSUBI_ISA {
+namespace {
+
+// The two bytes of bf16(code) for the 128 codes without sign.
+struct Bytes {
+  alignas(64) uint8_t lower[128];
+  alignas(64) uint8_t upper[128];
+};
+
+constexpr uint32_t bf16_of(uint32_t code, uint32_t mantissa_bits, uint32_t bias) {
+  const uint32_t exponent = code >> mantissa_bits;
+  const uint32_t mantissa = code & ((1u << mantissa_bits) - 1);
+  if (mantissa_bits == 3 && code == 0x7f) return 0x7fc0;
+  if (mantissa_bits == 2 && exponent == 31) return mantissa != 0 ? 0x7fc0 : 0x7f80;
+  if (exponent > 0) return ((exponent + 127 - bias) << 7) | (mantissa << (7 - mantissa_bits));
+  if (mantissa == 0) return 0;
+  uint32_t top = 0;
+  while ((mantissa >> (top + 1)) != 0) ++top;
+  return ((top + 128 - bias - mantissa_bits) << 7) | ((mantissa - (1u << top)) << (7 - top));
+}
+
+constexpr Bytes bytes_of(uint32_t mantissa_bits, uint32_t bias) {
+  Bytes bytes{};
+  for (uint32_t code = 0; code < 128; ++code) {
+    const uint32_t value = bf16_of(code, mantissa_bits, bias);
+    bytes.lower[code] = static_cast<uint8_t>(value & 0xff);
+    bytes.upper[code] = static_cast<uint8_t>(value >> 8);
+  }
+  return bytes;
+}
+
+constexpr Bytes kE4m3 = bytes_of(3, 7);
+constexpr Bytes kE5m2 = bytes_of(2, 15);
+
+struct Decoder {
+  __m512i lower0, lower1, upper0, upper1;
+
+  explicit Decoder(Format format) {
+    const Bytes& bytes = format == Format::e4m3 ? kE4m3 : kE5m2;
+    lower0 = _mm512_load_si512(bytes.lower);
+    lower1 = _mm512_load_si512(bytes.lower + 64);
+    upper0 = _mm512_load_si512(bytes.upper);
+    upper1 = _mm512_load_si512(bytes.upper + 64);
+  }
+
+  void look_up(__m512i codes, __m512i* lower, __m512i* upper) const {
+    *lower = _mm512_permutex2var_epi8(lower0, codes, lower1);
+    const __m512i magnitude = _mm512_permutex2var_epi8(upper0, codes, upper1);
+    *upper = _mm512_ternarylogic_epi32(magnitude, codes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
+  }
+
+  // 64 codes as bf16: `a` holds the first 32, `b` the others.
+  void pairs(__m512i codes, __m512i* a, __m512i* b) const {
+    __m512i lower, upper;
+    look_up(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), codes), &lower, &upper);
+    *a = _mm512_unpacklo_epi8(lower, upper);
+    *b = _mm512_unpackhi_epi8(lower, upper);
+  }
+
+  // 64 codes as floats times `scale`, in order.
+  void floats(__m512i codes, __m512 scale, __m512* out) const {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i lower, upper;
+    look_up(_mm512_permutexvar_epi32(order, codes), &lower, &upper);
+    const __m512i a = _mm512_unpacklo_epi8(lower, upper), b = _mm512_unpackhi_epi8(lower, upper);
+    const __m512i zero = _mm512_setzero_si512();
+    out[0] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, a)), scale);
+    out[1] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, a)), scale);
+    out[2] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, b)), scale);
+    out[3] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, b)), scale);
+  }
+};
+
+inline __mmask64 first(int64_t count) {
+  return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << static_cast<unsigned>(count)) - 1;
+}
+
+inline __mmask32 first_words(int64_t count) {
+  return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << static_cast<unsigned>(count > 0 ? count : 0)) - 1;
+}
+
+inline __m512i rounded(__m512 low_half, __m512 high_half) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high_half, low_half));
+}
+
+inline __m512bh pairs_of(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
+
+// Calls body(k, count, scale) for runs of at most 64 codes of row n in [k0, k1) that share a scale.
+template <class Body>
+void runs(const Fp8Rows& w, int64_t n, int64_t k0, int64_t k1, const Body& body) {
+  for (int64_t k = k0; k < k1;) {
+    const int64_t end = least(k1, (k / w.block + 1) * w.block);
+    const float scale = scale_of(w, n, k);
+    for (; k < end; k += 64) body(k, least(64, end - k), scale);
+    k = end;
+  }
+}
+
+// The kernel that multiplies in bf16: a unit is the pair of two neighbours along the contraction.
+struct PairKernel {
+  static constexpr int64_t kPerUnit = 2;
+
+  static Vec::F load_units(const void* row, Dtype, int64_t unit) {
+    return Vec::load(static_cast<const float*>(row) + unit);
+  }
+
+  static void fill_forward(const Fp8Rows& w, int64_t j0, int64_t jn, int64_t c0, int64_t cn, float* panel,
+                           int64_t stride) {
+    const Decoder decoder(w.format);
+    for (int64_t j = 0; j < jn; ++j) {
+      uint16_t* const row = reinterpret_cast<uint16_t*>(panel + j * stride);
+      const uint8_t* const codes = w.codes + (j0 + j) * w.stride;
+      runs(w, j0 + j, c0, c0 + cn, [&](int64_t k, int64_t count, float scale) {
+        __m512 f[4];
+        decoder.floats(_mm512_maskz_loadu_epi8(first(count), codes + k), _mm512_set1_ps(scale), f);
+        uint16_t* const to = row + (k - c0);
+        _mm512_mask_storeu_epi16(to, first_words(count), rounded(f[0], f[1]));
+        _mm512_mask_storeu_epi16(to + 32, first_words(count - 32), rounded(f[2], f[3]));
+      });
+      if (cn % 2 != 0) row[cn] = 0;
+    }
+  }
+
+  static void fill_gradient(const Fp8Rows& w, int64_t j0, int64_t jn, int64_t c0, int64_t cn, float* panel,
+                            int64_t stride) {
+    const Decoder decoder(w.format);
+    for (int64_t c = 0; c < cn; c += 2) {
+      uint32_t* const to = reinterpret_cast<uint32_t*>(panel + c / 2 * stride);
+      const bool paired = c + 1 < cn;
+      for (int64_t k = j0; k < j0 + jn; k += 64) gradient_run(w, decoder, c0 + c, paired, k, j0 + jn, to + (k - j0));
+    }
+  }
+
+  // Columns k .. of rows n and n + 1, as pairs.
+  static void gradient_run(const Fp8Rows& w, const Decoder& decoder, int64_t n, bool paired, int64_t k, int64_t end,
+                           uint32_t* to) {
+    __m512 even[4], odd[4];
+    scaled(w, decoder, n, k, end, even);
+    if (paired) {
+      scaled(w, decoder, n + 1, k, end, odd);
+    } else {
+      for (__m512& each : odd) each = _mm512_setzero_ps();
+    }
+    store_pairs(even, odd, least(64, end - k), to);
+  }
+
+  static void store_pairs(const __m512* even, const __m512* odd, int64_t count, uint32_t* to) {
+    const __m512i weave = _mm512_loadu_si512(kWeave);
+    for (int i = 0; i < 4; ++i) {
+      const __m512i both = _mm512_permutexvar_epi16(weave, rounded(even[i], odd[i]));
+      const __mmask16 here = static_cast<__mmask16>(first_words(count - 16 * i));
+      _mm512_mask_storeu_epi32(to + 16 * i, here, both);
+    }
+  }
+
+  // 64 columns of row n from k on as floats times their scales, zero from `end` on.
+  static void scaled(const Fp8Rows& w, const Decoder& decoder, int64_t n, int64_t k, int64_t end, __m512* out) {
+    const int64_t count = least(64, end - k);
+    const __m512i codes = _mm512_maskz_loadu_epi8(first(count), w.codes + n * w.stride + k);
+    if (k / w.block == (k + count - 1) / w.block) {
+      decoder.floats(codes, _mm512_set1_ps(scale_of(w, n, k)), out);
+      return;
+    }
+    alignas(64) float scales[64] = {};
+    for (int64_t i = 0; i < count; ++i) scales[i] = scale_of(w, n, k + i);
+    decoder.floats(codes, _mm512_set1_ps(1.0f), out);
+    for (int i = 0; i < 4; ++i) out[i] = _mm512_mul_ps(out[i], _mm512_load_ps(scales + 16 * i));
+  }
+
+  static void fill_forward_tail(const Rows& up, float strength, int64_t j0, int64_t jn, float* panel, int64_t stride) {
+    const __m512 factor = _mm512_set1_ps(strength);
+    for (int64_t j = 0; j < jn; ++j) {
+      uint16_t* const to = reinterpret_cast<uint16_t*>(panel + j * stride);
+      for (int64_t r = 0; r < up.cols; r += 16) {
+        alignas(64) float values[16] = {};
+        read_row(up, j0 + j, r, least(16, up.cols - r), values);
+        const __m512 scaled_values = _mm512_mul_ps(_mm512_load_ps(values), factor);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + r),
+                            reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled_values)));
+      }
+    }
+  }
+
+  static void fill_gradient_tail(const Rows& down, float strength, int64_t j0, int64_t jn, float* panel,
+                                 int64_t stride) {
+    const __m512 factor = _mm512_set1_ps(strength);
+    for (int64_t r = 0; r < down.rows; r += 2) {
+      uint32_t* const to = reinterpret_cast<uint32_t*>(panel + r / 2 * stride);
+      for (int64_t j = 0; j < jn; j += 64) {
+        const int64_t count = least(64, jn - j);
+        alignas(64) float values[2][64] = {};
+        read_row(down, r, j0 + j, count, values[0]);
+        if (r + 1 < down.rows) read_row(down, r + 1, j0 + j, count, values[1]);
+        __m512 even[4], odd[4];
+        for (int i = 0; i < 4; ++i) {
+          even[i] = _mm512_mul_ps(_mm512_load_ps(values[0] + 16 * i), factor);
+          odd[i] = _mm512_mul_ps(_mm512_load_ps(values[1] + 16 * i), factor);
+        }
+        store_pairs(even, odd, count, to + j);
+      }
+    }
+  }
+
+  template <int V, int R, bool kTransposed>
+  static void micro(const float* x, int64_t units, const float* panel, int64_t stride, float* sums, bool first) {
+    __m512 acc[R][V];
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) acc[r][v] = first ? Vec::zero() : Vec::load(sums + (r * V + v) * Vec::W);
+    }
+    for (int64_t u = 0; u < units; ++u) {
+      __m512bh xs[V];
+      for (int v = 0; v < V; ++v) xs[v] = pairs_of(_mm512_loadu_si512(x + (u * V + v) * Vec::W));
+      for (int r = 0; r < R; ++r) {
+        const float* const from = kTransposed ? panel + u * stride + r : panel + r * stride + u;
+        const __m512bh weight = pairs_of(_mm512_castps_si512(_mm512_set1_ps(*from)));
+        for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], xs[v], weight);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) Vec::store(sums + (r * V + v) * Vec::W, acc[r][v]);
+    }
+  }
+
+  static constexpr uint16_t kWeave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+};
+
+// The dot form: R rows of W meet M rows of x; `scales` holds the rows' scales as floats, one per block.
+template <int M, int R>
+void dot_rows(const LinearTask& task, const Decoder& decoder, int64_t j, const float* scales, int64_t blocks,
+              float* sums) {
+  const Fp8Rows& w = task.w;
+  const uint8_t* codes[R];
+  const uint16_t* x[M];
+  for (int r = 0; r < R; ++r) codes[r] = w.codes + (j + r) * w.stride;
+  for (int m = 0; m < M; ++m) x[m] = static_cast<const uint16_t*>(task.x.data) + m * task.x.stride;
+  __m512 acc[M][R];
+  for (int m = 0; m < M; ++m) {
+    for (int r = 0; r < R; ++r) acc[m][r] = _mm512_setzero_ps();
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    __m512 part[M][R];
+    for (int m = 0; m < M; ++m) {
+      for (int r = 0; r < R; ++r) part[m][r] = _mm512_setzero_ps();
+    }
+    const int64_t end = (b + 1) * w.block;
+    int64_t k = b * w.block;
+    for (; k + 64 <= end; k += 64) {
+      for (int r = 0; r < R; ++r) {
+        __m512i lo, hi;
+        decoder.pairs(_mm512_loadu_si512(codes[r] + k), &lo, &hi);
+        for (int m = 0; m < M; ++m) {
+          part[m][r] = _mm512_dpbf16_ps(part[m][r], pairs_of(lo), pairs_of(_mm512_loadu_si512(x[m] + k)));
+          part[m][r] = _mm512_dpbf16_ps(part[m][r], pairs_of(hi), pairs_of(_mm512_loadu_si512(x[m] + k + 32)));
+        }
+      }
+    }
+    if (k < end) {
+      const __mmask32 low_words = first_words(end - k), high_words = first_words(end - k - 32);
+      for (int r = 0; r < R; ++r) {
+        __m512i lo, hi;
+        decoder.pairs(_mm512_maskz_loadu_epi8(first(end - k), codes[r] + k), &lo, &hi);
+        for (int m = 0; m < M; ++m) {
+          const __m512i x_low = _mm512_maskz_loadu_epi16(low_words, x[m] + k);
+          const __m512i x_high = _mm512_maskz_loadu_epi16(high_words, x[m] + k + 32);
+          part[m][r] = _mm512_dpbf16_ps(part[m][r], pairs_of(lo), pairs_of(x_low));
+          part[m][r] = _mm512_dpbf16_ps(part[m][r], pairs_of(hi), pairs_of(x_high));
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const __m512 scale = _mm512_set1_ps(scales[r * blocks + b]);
+      for (int m = 0; m < M; ++m) acc[m][r] = _mm512_fmadd_ps(part[m][r], scale, acc[m][r]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int r = 0; r < R; ++r) sums[m * kRowsPerChunk + r] = _mm512_reduce_add_ps(acc[m][r]);
+  }
+}
+
+constexpr int64_t kFewPairRows = 8;
+
+// The scales of row n as floats, one per block.
+inline void scales_of_row(const Fp8Rows& w, int64_t n, int64_t blocks, float* out) {
+  if (w.scale_block == 1) {
+    Rows row{w.scale, 1, blocks, 0, w.scale_dtype};
+    row.data = static_cast<const char*>(w.scale) + n * w.scale_row * size_of(w.scale_dtype);
+    return read_row(row, 0, 0, blocks, out);
+  }
+  for (int64_t b = 0; b < blocks; ++b) out[b] = scale_of(w, n, b * w.block);
+}
+
+template <int M>
+void few_rows(const LinearTask& task, const float* low) {
+  constexpr int R = M == 1 ? 4 : M <= 4 ? 2 : 1;
+  const int64_t n = task.w.rows, blocks = (task.w.cols + task.w.block - 1) / task.w.block;
+  parallel_chunks((n + kRowsPerChunk - 1) / kRowsPerChunk, task.threads, [&](int64_t chunk) {
+    const Decoder decoder(task.w.format);
+    const int64_t j0 = chunk * kRowsPerChunk, jn = least(kRowsPerChunk, n - j0);
+    float* const scales = static_cast<float*>(scratch(Slot::rows, R * blocks * 4 + 4));
+    float sums[M * kRowsPerChunk] = {};
+    int64_t j = 0;
+    for (; j + R <= jn; j += R) {
+      for (int r = 0; r < R; ++r) scales_of_row(task.w, j0 + j + r, blocks, scales + r * blocks);
+      dot_rows<M, R>(task, decoder, j0 + j, scales, blocks, sums + j);
+    }
+    for (; j < jn; ++j) {
+      scales_of_row(task.w, j0 + j, blocks, scales);
+      dot_rows<M, 1>(task, decoder, j0 + j, scales, blocks, sums + j);
+    }
+    finish_few(task, low, j0, jn, sums);
+  });
+}
+
+void linear_few_pairs(const LinearTask& task) {
+  const int64_t rank = task.low.data == nullptr ? 0 : task.low.cols;
+  const float* const low = floats_of(task.low, static_cast<float*>(scratch(Slot::packed, task.x.rows * rank * 4)));
+  switch (task.x.rows) {
+    case 1:
+      return few_rows<1>(task, low);
+    case 2:
+      return few_rows<2>(task, low);
+    case 3:
+      return few_rows<3>(task, low);
+    case 4:
+      return few_rows<4>(task, low);
+    case 5:
+      return few_rows<5>(task, low);
+    case 6:
+      return few_rows<6>(task, low);
+    case 7:
+      return few_rows<7>(task, low);
+    default:
+      return few_rows<8>(task, low);
+  }
+}
+
+}  // namespace
+
+void linear(const LinearTask& task) {
+  const bool pairs = task.x.dtype == Dtype::bf16 && (task.low.data == nullptr || task.low.dtype == Dtype::bf16);
+  if (!pairs) return linear_in_floats(task);
+  if (!task.transposed && task.x.rows > 0 && task.x.rows <= kFewPairRows) return linear_few_pairs(task);
+  Multiply<PairKernel>(task).run();
+}
+
+}  // namespace MUSUBI_ISA
+}  // namespace musubi

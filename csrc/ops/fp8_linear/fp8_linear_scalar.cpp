@@ -1,0 +1,23 @@
+// The scalar build of the product.
+#define MUSUBI_ISA scalar
+#include "common/vec_scalar.h"
+
+namespace musubi {
+namespace MUSUBI_ISA {
+// Registers: vectors of rows per tile, and outputs that go with 1, 2 and kMaxVectors of them.
+constexpr int kMaxVectors = 2;
+constexpr int kOutputs1 = 4;
+constexpr int kOutputs2 = 4;
+constexpr int kOutputs3 = 4;
+}  // namespace MUSUBI_ISA
+}  // namespace musubi
+
+#include "ops/fp8_linear/fp8_linear-inl.h"
+
+namespace musubi {
+namespace MUSUBI_ISA {
+
+void linear(const LinearTask& task) { linear_in_floats(task); }
+
+}  // namespace MUSUBI_ISA
+}  // namespace musubi

@@ -1,0 +1,39 @@
+#include "ops/fp8_quantize/fp8_quantize.h"
+
+namespace musubi {
+
+QuantizeKernel quantize_kernel(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx2:
+      return avx2::quantize;
+    case Isa::avx512:
+      return avx512::quantize;
+    case Isa::avx512bf16:
+      return avx512bf16::quantize;
+#endif
+    case Isa::scalar:
+      return scalar::quantize;
+    default:
+      return nullptr;
+  }
+}
+
+DequantizeKernel dequantize_kernel(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::avx2:
+      return avx2::dequantize;
+    case Isa::avx512:
+      return avx512::dequantize;
+    case Isa::avx512bf16:
+      return avx512bf16::dequantize;
+#endif
+    case Isa::scalar:
+      return scalar::dequantize;
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace musubi

@@ -1,0 +1,73 @@
+"""`fp8_linear` and its input gradient in the compiled module."""
+
+from __future__ import annotations
+
+import torch
+
+from musubi_kernels import _native
+
+
+def refuses(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> str | None:
+    """Why the compiled module cannot serve a forward, or None."""
+    return _native.refuses(x, q, scale, bias)
+
+
+def refuses_dx(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str) -> str | None:
+    """Why the compiled module cannot serve an input gradient, or None."""
+    return _native.refuses(grad, q, scale)
+
+
+def fp8_linear(
+    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, fmt: str
+) -> torch.Tensor:
+    """y = x @ (q * scale)^T + bias in x's dtype."""
+    return run(x, q, scale, fmt, bias=bias, transposed=False)
+
+
+def fp8_linear_dx(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str) -> torch.Tensor:
+    """dX = dY @ (q * scale) in dY's dtype."""
+    return run(grad, q, scale, fmt, bias=None, transposed=True)
+
+
+def run(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: str,
+    *,
+    bias: torch.Tensor | None,
+    transposed: bool,
+    low: torch.Tensor | None = None,
+    tail: torch.Tensor | None = None,
+    strength: float = 0.0,
+) -> torch.Tensor:
+    """x @ W^T (or x @ W where `transposed`) + bias + strength * low @ tail, as [..., outputs] in x's dtype.
+
+    `low` [M, R] has x's dtype; `tail` is up^T as up [N, R], or down [R, K] where `transposed`.
+    """
+    codes = _native.matrix(q)
+    flat = _native.matrix(x)
+    outputs = q.shape[1] if transposed else q.shape[0]
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
+    bias_args = _native.ABSENT
+    if bias is not None:
+        bias = bias.contiguous()
+        bias_args = (bias.data_ptr(), _native.DTYPE_CODES[bias.dtype])
+    tail_args: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0)
+    if low is not None and tail is not None:
+        low, tail = _native.matrix(low), _native.matrix(tail)
+        address, _, rank, stride, dtype = _native.rows(low)
+        tail_args = (address, stride, dtype, tail.data_ptr(), tail.stride(0), _native.DTYPE_CODES[tail.dtype], rank)
+    _native.module().linear(
+        _native.isa(),
+        transposed,
+        torch.get_num_threads(),
+        *_native.rows(flat),
+        *_native.weight(codes, scale, fmt),
+        *bias_args,
+        *tail_args,
+        strength,
+        y.data_ptr(),
+        _native.DTYPE_CODES[y.dtype],
+    )
+    return y
