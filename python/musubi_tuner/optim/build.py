@@ -137,11 +137,10 @@ def evaluating(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         set_training(optimizer, True)
 
 
-def described(optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> str:
-    """`module.Class(key=value,...)` for metadata."""
+def described(optimizer: torch.optim.Optimizer, arguments: Sequence[str]) -> str:
+    """`module.Class(key=value,...)` for metadata; `arguments` as the user wrote them."""
     cls = type(optimizer)
-    words = ",".join(f"{key}={value}" for key, value in arguments.items())
-    return f"{cls.__module__}.{cls.__name__}" + (f"({words})" if words else "")
+    return f"{cls.__module__}.{cls.__name__}" + (f"({','.join(arguments)})" if arguments else "")
 
 
 def _is_optimizer(found: object) -> bool:

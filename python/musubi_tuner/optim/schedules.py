@@ -277,7 +277,7 @@ class SchedulerClass:
     processes: int = 1
     done: int = 0
 
-    def __call__(self, _optimizer: torch.optim.Optimizer, step: int) -> None:
+    def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> None:  # noqa: ARG002 -- it has its own
         while self.done < step:
             for _ in range(self.processes):
                 self.scheduler.step()

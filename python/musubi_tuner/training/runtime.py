@@ -93,6 +93,14 @@ class LocalRuntime:
         optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
+    def agree(self, value: int) -> int:
+        """The first process's `value`, on every process."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.broadcast(shared, 0)
+        return int(shared)
+
     def average(self, value: float) -> float:
         if self.world == 1:
             return value

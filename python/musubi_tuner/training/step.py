@@ -26,63 +26,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.flow import keyed, path
-from musubi_tuner.flow.timesteps import Distribution, uniform
+from musubi_tuner.flow import path
 from musubi_tuner.flow.weighting import Weight
+from musubi_tuner.sampling.guidance import on_device
+from musubi_tuner.training.draws import Draws, KeyedDraws
 from musubi_tuner.training.runtime import LocalRuntime, Runtime
 
 if TYPE_CHECKING:
     from musubi_tuner.data.batches import Batch
 
+__all__ = ["KeyedDraws", "Predict", "Step", "StepResult"]
+
 Predict = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
 """(x_t [B, C, F, H, W] float32, t [B] float64, conditioning on the device) -> v [B, C, F, H, W]."""
-
-
-class Draws(Protocol):
-    """The random numbers of a batch."""
-
-    def noise(self, batch: Batch) -> Tensor:
-        """e, of the shape of `batch.latents`."""
-        ...
-
-    def t(self, batch: Batch) -> Tensor:
-        """[B] float64 in (0, 1]."""
-        ...
-
-    def begin(self, batch: Batch) -> None:
-        """Called before the forward pass of `batch`: seeds what is random inside the model."""
-        ...
-
-
-@dataclass(frozen=True)
-class KeyedDraws:
-    """Draws that depend on (seed, epoch, item) alone.
-
-    distribution: latent shape [C, F, H, W] -> that of t. begin_step: told (seed, epoch, items) before every forward
-    pass, for keyed dropout (`AdapterSet.begin_step`).
-    """
-
-    seed: int
-    distribution: Callable[[Sequence[int]], Distribution] = lambda _shape: uniform()
-    begin_step: Callable[[int, int, tuple[int, ...]], None] | None = None
-
-    def noise(self, batch: Batch) -> Tensor:
-        shape = batch.latents.shape[1:]
-        return torch.stack([keyed.normal(shape, self.seed, batch.epoch, item, "noise") for item in batch.items])
-
-    def t(self, batch: Batch) -> Tensor:
-        u = torch.stack([keyed.uniform((), self.seed, batch.epoch, item, "t") for item in batch.items])
-        return self.distribution(batch.latents.shape[1:]).quantile(u)
-
-    def begin(self, batch: Batch) -> None:
-        if self.begin_step is not None:
-            self.begin_step(self.seed, batch.epoch, batch.items)
 
 
 @dataclass(frozen=True)
@@ -133,7 +95,7 @@ class Step:
         x0, noise = batch.latents.to(device, torch.float32), self.draws.noise(batch).to(device, torch.float32)
         t = self.draws.t(batch).to(device)
         x_t, target = path.interpolate(x0, noise, t), path.velocity(x0, noise)
-        cond = to_device(batch.cond, device)
+        cond = on_device(batch.cond, device)
         self.draws.begin(batch)
         with self.runtime.autocast():
             v = self.predict(x_t, t + self.timestep_offset / 1000, cond)
@@ -144,14 +106,3 @@ class Step:
 
 
 _REMEDY = "lower --learning_rate, keep --max_grad_norm at 1, use bf16 rather than fp16, or check the cached latents"
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in it (mappings, lists and tuples are searched) on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: to_device(part, device) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(to_device(part, device) for part in value)
-    return value

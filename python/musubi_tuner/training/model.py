@@ -1,0 +1,114 @@
+"""The model of a training run, and what of it is trained: an adapter on frozen weights, or every weight.
+
+Loading follows the house's way: header first, the transformer on meta, adapters merged and weights quantised while they
+stream in. What is trained comes back as a `Trainable`, which is all that the rest of the run needs to know of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from musubi_tuner.adapters.attach import AdapterSet, attach, attach_tensors, parse_network_args
+from musubi_tuner.adapters.files import load_lora
+from musubi_tuner.adapters.merge import LoraMerge
+from musubi_tuner.config.errors import UserError
+from musubi_tuner.families.base import Dit, Family, FamilySpec
+from musubi_tuner.sampling.models import OpenDit, open_dit
+from musubi_tuner.training.checkpoint import Write, lora_file, model_file
+from musubi_tuner.training.config import ModelOptions, NetworkOptions
+from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
+from musubi_tuner.weights.reader import open_checkpoint
+
+log = logging.getLogger(__name__)
+
+DEFAULT_RANK = 4
+GENERIC_MODULE = "networks.lora"
+GROUP_NAMES = ("unet", "unet plus")
+"""Names of an adapter's parameter groups in trackers: all, or with LoRA+ the down and the up factors."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """What is trained. groups: for the optimizer, each with a name. write: saves it. begin_step: keys its dropout."""
+
+    groups: Sequence[Mapping[str, Any]]
+    write: Write
+    begin_step: Callable[[int, int, tuple[int, ...]], None] | None = None
+    rank: int | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    adapters: AdapterSet | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.groups for parameter in group["params"]]
+
+
+def check_adapter(network: NetworkOptions, spec: FamilySpec) -> None:
+    """Everything about the adapter that can be known before anything is loaded. Raises UserError."""
+    offered = tuple(dict.fromkeys((spec.network_module, GENERIC_MODULE)))
+    if network.network_module is not None and network.network_module not in offered:
+        raise UserError(f"network_module = {network.network_module!r} is not served: use {' or '.join(offered)}")
+    parse_network_args(network.network_args)
+    if network.network_weights is not None:
+        load_lora(network.network_weights)
+
+
+def open_model(family: Family, model: ModelOptions, config: Mapping[str, Any] | None) -> OpenDit:
+    """The transformer, looked at but not loaded, with `base_weights` matched. Raises UserError for what cannot be."""
+    multipliers = (*model.base_weights_multiplier, *[1.0] * len(model.base_weights))
+    merges = [LoraMerge.from_file(p, m, strict=True) for p, m in zip(model.base_weights, multipliers, strict=False)]
+    return open_dit(family, model.dit, merges=merges, config=config, attn_mode=model.attn_mode)
+
+
+def weight_policy(spec: FamilySpec, model: ModelOptions, dtype: torch.dtype) -> WeightPolicy:
+    """FP8 for the family's targets where `fp8_base` says so; everything else in `dtype`."""
+    if not model.fp8_base:
+        return WeightPolicy(dtype)
+    return WeightPolicy(
+        dtype, Fp8Policy(spec.fp8, scaled=model.fp8_scaled, allow_prequantized=model.allow_prequantized)
+    )
+
+
+def adapter(
+    dit: Dit, spec: FamilySpec, network: NetworkOptions, *, rate: float, seed: int, save_dtype: torch.dtype | None
+) -> Trainable:
+    """A fresh adapter in the slots of `dit`, or that of `network_weights`."""
+    args = parse_network_args(network.network_args)
+    rank = network.network_dim
+    tensors = None if network.network_weights is None else load_lora(network.network_weights)[0]
+    if tensors is not None and rank is None:
+        drop = network.network_dropout
+        adapters = attach_tensors(dit, tensors, dropout=drop, args=args, label=str(network.network_weights))
+        rank = adapters.modules[0].rank
+    else:
+        rank = rank or DEFAULT_RANK
+        alpha, drop = network.network_alpha, network.network_dropout
+        adapters = attach(dit, spec.adapter, rank=rank, alpha=alpha, seed=seed, dropout=drop, args=args)
+        if tensors is not None:
+            adapters.load(tensors, label=str(network.network_weights))
+    groups = [
+        {**group, "name": name}
+        for group, name in zip(adapters.parameter_groups(rate, args.loraplus_lr_ratio), GROUP_NAMES, strict=False)
+    ]
+    count = sum(p.numel() for p in adapters.parameters())
+    log.info("LoRA of rank %d on %d modules, %s parameters", rank, len(adapters.paths), f"{count:,}")
+    given = {pair.partition("=")[0].strip() for pair in network.network_args}
+    arguments = {key: value for key, value in asdict(args).items() if key in given}
+    return Trainable(groups, lora_file(adapters, save_dtype), adapters.begin_step, rank, arguments, adapters)
+
+
+def whole_model(dit: Dit, opened: OpenDit, *, rate: float, save_dtype: torch.dtype | None) -> Trainable:
+    """Every weight of `dit`, unfrozen; saved in the layout of the checkpoint it was loaded from."""
+    with open_checkpoint(opened.path) as checkpoint:
+        header = checkpoint.header
+    dit.requires_grad_(True)
+    parameters = list(dit.parameters())
+    log.info("training all %s parameters", f"{sum(p.numel() for p in parameters):,}")
+    group = {"params": parameters, "lr": rate, "name": "all"}
+    return Trainable([group], model_file(dit, header, opened.family.rename_dit_key, save_dtype))
