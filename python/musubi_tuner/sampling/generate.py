@@ -41,10 +41,10 @@ def run(family: Family, options: Resolved) -> None:
         decode_files(family, options)
         return
     requests = make_requests(family, options)
-    writer = Writer.checked(family, options)
     device = choose_device(options[ModelOptions].device)
     policy = _policy(family, options[ModelOptions])
     opened = _open(family, options)
+    writer = Writer.checked(family, options)
     own = family.option_groups("generate")
     prompts = encode_prompts(family, options[own[0]] if own else None, requests, device=device, dtype=torch.bfloat16)
     started = time.monotonic()
@@ -214,20 +214,20 @@ class Writer:
         """The writer of a command; raises UserError where the folder or the VAE cannot serve."""
         chosen, models = options[OutputOptions], options[ModelOptions]
         folder = Path(chosen.save_path)
+        writer = Writer(family.spec.name, folder, chosen, time.strftime("%Y%m%d-%H%M%S"), set())
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--save_path {folder} is a file: give the folder that samples go to")
         if folder.suffix.lower() in (".mp4", ".png", ".safetensors", ".webp", ".jpg"):
             raise UserError(f"--save_path {folder} looks like a file: give a folder, files are named by time and seed")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as fault:
-            raise UserError(f"--save_path {folder} cannot be made: {fault.strerror}") from fault
-        writer = Writer(family.spec.name, folder, chosen, time.strftime("%Y%m%d-%H%M%S"), set())
         if writer.wants_pixels:
             if models.vae is None:
                 raise UserError("--vae is required to decode samples; without one, use --output_type latent")
             with open_checkpoint(models.vae):
                 pass
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as fault:
+            raise UserError(f"--save_path {folder} cannot be made: {fault.strerror}") from fault
         return writer
 
     @property

@@ -8,7 +8,7 @@ turns every distinct prompt into its condition once, and lets go. `open_dit` set
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def encode_prompts(
     """Load the encoders that `options` (the family's own group) name, encode, and free them."""
     encoders = family.load_encoders(options, device=device, dtype=dtype)
     if encoders is None:
-        raise UserError(f"{family.spec.name}: prompts cannot be encoded without a text encoder; name its file")
+        hint = f" with --{fields(options)[0].name}" if is_dataclass(options) else ""
+        raise UserError(f"prompts cannot be encoded without {family.spec.name}'s text encoder: name its file{hint}")
     found = encode(family, encoders, requests, progress=progress)
     del encoders
     release(device)
