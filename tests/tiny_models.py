@@ -1,0 +1,61 @@
+"""A tiny transformer of every family, with seeded weights, for tests that run whatever families there are.
+
+A family that is added gets one row in `TINY`; `tests/families/test_contract.py` fails without it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from musubi_tuner.families import registry
+from musubi_tuner.flow import keyed
+from musubi_tuner.weights.reader import Header, TensorInfo
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """sizes: the family's configuration. entry: a text-cache entry of n tokens, by field name."""
+
+    sizes: dict[str, object]
+    entry: Callable[[int], dict[str, Tensor]]
+    latents: tuple[int, int, int, int]
+
+
+def _wan_shapes(sizes: dict[str, object]) -> dict[str, tuple[int, ...]]:
+    from musubi_tuner.families.wan.model import WanConfig, WanModel
+
+    with torch.device("meta"):
+        model = WanModel(WanConfig(**sizes))  # type: ignore[arg-type]
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+SHAPES: dict[str, Callable[[dict[str, object]], dict[str, tuple[int, ...]]]] = {"wan": _wan_shapes}
+TINY: dict[str, Tiny] = {
+    "wan": Tiny(
+        {"dim": 64, "ffn_dim": 128, "num_heads": 2, "num_layers": 3, "text_dim": 24, "text_len": 6},
+        lambda n: {"text": keyed.normal((n, 24), "tiny", "text", n)},
+        (16, 2, 4, 6),
+    )
+}
+
+
+def header_of(name: str) -> Header:
+    """The header that a file of the tiny model would have."""
+    path = Path(f"tiny_{name}.safetensors")
+    shapes = SHAPES[name](TINY[name].sizes)
+    tensors = {key: TensorInfo(shape=shape, dtype=torch.float32, file=path) for key, shape in shapes.items()}
+    return Header(tensors=tensors, metadata={}, paths=(path,))
+
+
+def tiny_dit(name: str) -> nn.Module:
+    """The tiny transformer in float32 with seeded weights, small enough to keep activations in range."""
+    family = registry.get(name)
+    dit = family.build_dit(header_of(name), TINY[name].sizes).to_empty(device="cpu")
+    with torch.no_grad():
+        for key, parameter in dit.named_parameters():
+            scale = 1.0 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+            parameter.copy_(keyed.normal(parameter.shape, "tiny", name, key) * scale)
+    return dit.requires_grad_(False).eval()
