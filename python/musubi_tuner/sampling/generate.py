@@ -19,11 +19,18 @@ from torch import Tensor
 from musubi_tuner.adapters.merge import LoraMerge
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
-from musubi_tuner.families.base import Family, SamplingDefaults, Vae
+from musubi_tuner.families.base import Family, Vae
 from musubi_tuner.memory.placement import DTYPES, choose_device, release
 from musubi_tuner.sampling import outputs
 from musubi_tuner.sampling.models import OpenDit, Prompts, encode_prompts, open_dit, read_model_config, weight_policy
-from musubi_tuner.sampling.options import LoraOptions, ModelOptions, OutputOptions, PromptOptions, SolverOptions
+from musubi_tuner.sampling.options import (
+    LoraOptions,
+    ModelOptions,
+    OutputOptions,
+    PromptOptions,
+    SolverOptions,
+    task_defaults,
+)
 from musubi_tuner.sampling.pipeline import Sampler, decode
 from musubi_tuner.sampling.prompts import PromptEntry, read_prompts
 from musubi_tuner.sampling.request import Request
@@ -80,16 +87,8 @@ def decode_files(family: Family, options: Resolved) -> None:
         blank: dict[str, Any] = {"prompt": "", "seed": 0, "width": 1, "height": 1}
         request = Request(**(blank | known))
         if options.given("fps") or "fps" not in known:
-            request = replace(request, fps=options[PromptOptions].fps or task_defaults(family, options).fps)
+            request = replace(request, fps=options[PromptOptions].fps or task_defaults(family.spec, options).fps)
         writer.pixels(request, writer.stem(request), _decoded(vae, latents, device))
-
-
-def task_defaults(family: Family, options: Resolved) -> SamplingDefaults:
-    """Sampling defaults of the family's `--task`."""
-    task = options.as_dict().get("task") or family.spec.default_task
-    if task not in family.spec.tasks:
-        raise UserError(f"--task {task}: use one of {', '.join(family.spec.tasks)}")
-    return family.spec.tasks[task]
 
 
 def make_requests(family: Family, options: Resolved) -> list[Request]:
@@ -121,7 +120,7 @@ def make_requests(family: Family, options: Resolved) -> list[Request]:
 
 def _common_values(family: Family, options: Resolved) -> dict[str, Any]:
     """What the command line says of every request, the task's defaults where it says nothing."""
-    task, chosen, solver = task_defaults(family, options), options[PromptOptions], options[SolverOptions]
+    task, chosen, solver = task_defaults(family.spec, options), options[PromptOptions], options[SolverOptions]
     height, width = chosen.video_size or (task.size[1], task.size[0])
     return {
         "negative": chosen.negative_prompt,

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from musubi_tuner.config.options import option
+from musubi_tuner.config.errors import UserError
+from musubi_tuner.config.options import Resolved, option
+from musubi_tuner.families.base import FamilySpec, SamplingDefaults
 from musubi_tuner.flow.solvers import SOLVERS
 from musubi_tuner.memory.placement import DTYPES, dtype_name
 from musubi_tuner.nn.attention import MODES
@@ -106,3 +108,11 @@ class OutputOptions:
     latent_path: tuple[str, ...] = option((), help="decode these latent files instead of sampling")
     trim_tail_frames: int = option(0, help="frames to drop from the end of each sample", minimum=0)
     no_metadata: bool = option(False, help="write files without the prompt and settings that made them")
+
+
+def task_defaults(spec: FamilySpec, options: Resolved) -> SamplingDefaults:
+    """Sampling defaults of the family's `--task`, of its default task where the command has no such option."""
+    task = options.as_dict().get("task") or spec.default_task
+    if task not in spec.tasks:
+        raise UserError(f"--task {task}: use one of {', '.join(spec.tasks)}")
+    return spec.tasks[task]

@@ -69,7 +69,7 @@ def denoise(
         velocity = classifier_free(branch(cond), branch(uncond), guidance)
     else:
         raise ValueError(f"guidance {guidance} needs a conditioning without the prompt (uncond or both)")
-    with tqdm(total=len(schedule), desc=progress, unit="step", disable=progress is None) as bar:
+    with tqdm(total=len(schedule), desc=progress, unit="step", disable=progress is None, leave=None) as bar:
 
         def tick(_done: int, _x: Tensor) -> None:
             bar.update()
