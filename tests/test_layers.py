@@ -45,7 +45,7 @@ ESTABLISHED = re.compile(
 
 CONFINED = {
     "accelerate": r"training/runtime\.py",
-    "argparse": r"config/.*|cli\.py|tools/demo/pretrain_.*",
+    "argparse": r"config/.*|cli\.py|tools/demo/pretrain.*",
     "flash_attn": r"nn/attention\.py",
     "flash_attn_interface": r"nn/attention\.py",
     "xformers": r"nn/attention\.py",

@@ -182,11 +182,13 @@ def options_page() -> str:
         shared = getattr(import_module(f"musubi_tuner.{kind.module}"), kind.groups)
         _add_tables(lines, shared, seen)
         for which in (s for s in SCRIPTS.values() if s.kind == name):
-            lines += [f"## `musubi {name} {which.family}` (`{established_name(which)}`)", ""]
             family = registry.get(which.family)
             own = family.option_groups(name)
             known = {field for group in (*shared, *own) for field in group.__dataclass_fields__}
             changed = {k: v for k, v in family.spec.option_defaults.items() if k in known}
+            if not own and not changed:
+                continue
+            lines += [f"## `musubi {name} {which.family}` (`{established_name(which)}`)", ""]
             _add_tables(lines, own, seen)
             if changed:
                 told = ", ".join(f"`{k}` {plain(v)}" for k, v in changed.items())
