@@ -146,7 +146,7 @@ class WanAttentionBlock(nn.Module):
         self.cross_attn = Attention(config)
         self.norm2 = LayerNorm(d, config.eps, affine=False)
         self.ffn = nn.Sequential(nn.Linear(d, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, d))
-        self.modulation = nn.Parameter(torch.randn(1, 6, d) / d**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 6, d))
 
     def forward(self, h: Tensor, ctx: BlockContext) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation.float() + ctx.modulation).unbind(1)
@@ -189,7 +189,7 @@ class Head(nn.Module):
         patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
         self.norm = LayerNorm(config.dim, config.eps, affine=False)
         self.head = nn.Linear(config.dim, patch * config.out_channels)
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, config.dim))
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation.float() + time.unsqueeze(1)).unbind(1)
