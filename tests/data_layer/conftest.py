@@ -132,3 +132,8 @@ def picture(path: Path, size: tuple[int, int] = (64, 64), colour: int = 0, capti
 @pytest.fixture
 def make_picture():
     return picture
+
+
+@pytest.fixture(scope="module")
+def module_picture():
+    return picture

@@ -113,6 +113,7 @@ def test_all_faults_come_at_once_with_section_value_and_hint():
         ("[general\n", "data.toml cannot be parsed: "),
         ("resolution = 512\n[[datasets]]\nimage_directory='/d'", "resolution stands outside [general]"),
         ("[datasets]\nimage_directory='/d'", "[[datasets]] a list of tables, in double brackets"),
+        ("[[datasets]]\nimage_dir='/d'", "video_jsonl_file; did you mean image_directory by image_dir?"),
         ("datasets = [1]", "[[datasets]] 1: a table is needed"),
     ],
 )

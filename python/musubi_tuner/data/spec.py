@@ -113,7 +113,7 @@ class _Reader:
             return None
         media = [key for key in MEDIA if key in given]
         if len(media) != 1:
-            self.fault(section, _which_media(media))
+            self.fault(section, _which_media(media, given))
             return None
         kind = MEDIA[media[0]]
         values = {**general, **self.table(self.renamed(given, section), KEYS[kind], section)}
@@ -153,10 +153,12 @@ def _unknown(key: str, checks: Mapping[str, Check], section: str) -> str:
     return f"{key} is not a known key: {hint}"
 
 
-def _which_media(given: list[str]) -> str:
-    if not given:
-        return f"names no pictures or clips: give one of {', '.join(MEDIA)}"
-    return f"{' and '.join(given)} exclude each other: make a [[datasets]] table for each"
+def _which_media(found: list[str], given: Mapping[str, Any]) -> str:
+    if found:
+        return f"{' and '.join(found)} exclude each other: make a [[datasets]] table for each"
+    near = [(key, match) for key in given for match in get_close_matches(key, MEDIA, n=1)]
+    hint = f"; did you mean {near[0][1]} by {near[0][0]}?" if near else ""
+    return f"names no pictures or clips: give one of {', '.join(MEDIA)}{hint}"
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:
