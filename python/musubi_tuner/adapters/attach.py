@@ -212,6 +212,8 @@ def _base(model: nn.Module, path: str) -> nn.Linear | Fp8Linear:
 
 
 def _put(model: nn.Module, slots: Mapping[str, LoraLinear], key: DropoutKey) -> AdapterSet:
+    if any(isinstance(module, LoraLinear) for module in model.modules()):
+        raise UserError(f"{type(model).__name__} has an adapter already; detach it first")
     for path, slot in slots.items():
         set_module(model, path, slot.train(slot.base.training))
     return AdapterSet(model, slots, key)
