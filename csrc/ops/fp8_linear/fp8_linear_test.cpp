@@ -1,0 +1,146 @@
+// Every ISA of this machine against a double loop over decoded codes: ragged sizes, strides, layouts, tails.
+#include "ops/fp8_linear/fp8_linear.h"
+
+#include <algorithm>
+
+#include "testing.h"
+
+namespace musubi_test {
+namespace {
+
+using musubi::Dtype;
+using musubi::Format;
+using musubi::Isa;
+
+struct Case {
+  int64_t m, n, k;
+  int64_t block;  // 0: one scale per row; -1: one in all
+  int64_t rank;
+  Dtype x_dtype, scale_dtype;
+  Format format;
+  bool transposed;
+};
+
+struct Problem {
+  Case c;
+  int64_t in, out_cols, x_stride, w_stride, block, blocks;
+  std::vector<uint8_t> codes;
+  Numbers scale, x, bias, low, tail;
+  std::vector<double> expected;
+
+  Problem(const Case& given, uint64_t seed)
+      : c(given),
+        in(c.transposed ? c.n : c.k),
+        out_cols(c.transposed ? c.k : c.n),
+        x_stride(in + 3),
+        w_stride(c.k + 5),
+        block(c.block > 0 ? c.block : std::max<int64_t>(c.k, 1)),
+        blocks(c.block > 0 ? c.k / c.block : 1),
+        codes(static_cast<size_t>(c.n > 0 ? (c.n - 1) * w_stride + c.k : 0)),
+        scale(c.block < 0 ? 1 : c.n * blocks, c.scale_dtype),
+        x(c.m > 0 ? (c.m - 1) * x_stride + in : 0, c.x_dtype),
+        bias(out_cols, Dtype::f32),
+        low(c.m * c.rank, c.x_dtype),
+        tail(c.transposed ? c.rank * c.k : c.n * c.rank, Dtype::f32),
+        expected(static_cast<size_t>(c.m * out_cols)) {
+    Random random(seed);
+    for (auto& code : codes) {
+      do {
+        code = static_cast<uint8_t>(random.bits());
+      } while (!std::isfinite(value_of(code, c.format)) || (c.format == Format::e5m2 && (code & 0x7f) > 0x50));
+    }
+    for (int64_t i = 0; i < scale.count(); ++i) scale.set(i, 0.01 * (1.5 + random.number()));
+    x.fill(random, 1.0);
+    bias.fill(random, 1.0);
+    low.fill(random, 1.0);
+    tail.fill(random, 1.0);
+    for (int64_t i = 0; i < c.m; ++i) {
+      for (int64_t j = 0; j < out_cols; ++j) expected[static_cast<size_t>(i * out_cols + j)] = exact(i, j);
+    }
+  }
+
+  double weight(int64_t n, int64_t k) const {
+    const int64_t s = c.block < 0 ? 0 : n * blocks + k / block;
+    return value_of(codes[static_cast<size_t>(n * w_stride + k)], c.format) * scale.get(s);
+  }
+
+  double exact(int64_t i, int64_t j) const {
+    double sum = bias.get(j);
+    for (int64_t l = 0; l < in; ++l) sum += x.get(i * x_stride + l) * (c.transposed ? weight(l, j) : weight(j, l));
+    for (int64_t r = 0; r < c.rank; ++r) {
+      sum += 0.5 * low.get(i * c.rank + r) * tail.get(c.transposed ? r * c.k + j : j * c.rank + r);
+    }
+    return sum;
+  }
+};
+
+// Relative norm of the error of `isa` on the problem.
+double error_of(Problem& p, Isa isa, int threads) {
+  Numbers out(p.c.m * p.out_cols, p.c.x_dtype);
+  for (int64_t i = 0; i < out.count(); ++i) std::memset(out.data() + i * size_of(out.dtype()), 0xff, 2);
+  musubi::LinearTask task;
+  task.x = {p.x.data(), p.c.m, p.in, p.x_stride, p.c.x_dtype};
+  task.w = {p.codes.data(), p.c.n,   p.c.k,           p.w_stride, p.scale.data(), p.c.block < 0 ? 0 : p.blocks,
+            p.c.block > 0,  p.block, p.c.scale_dtype, p.c.format};
+  task.transposed = p.c.transposed;
+  task.bias = {p.bias.data(), 1, p.out_cols, 0, Dtype::f32};
+  if (p.c.rank > 0) {
+    task.low = {p.low.data(), p.c.m, p.c.rank, p.c.rank, p.c.x_dtype};
+    task.tail = {p.tail.data(), p.c.transposed ? p.c.rank : p.c.n, p.c.transposed ? p.c.k : p.c.rank,
+                 p.c.transposed ? p.c.k : p.c.rank, Dtype::f32};
+    task.strength = 0.5f;
+  }
+  task.out = out.data();
+  task.out_dtype = p.c.x_dtype;
+  task.threads = threads;
+  musubi::linear_kernel(isa)(task);
+  double wrong = 0.0, whole = 1e-30;
+  for (int64_t i = 0; i < out.count(); ++i) {
+    const double want = p.expected[static_cast<size_t>(i)];
+    const double miss = out.get(i) - want;
+    wrong += std::isfinite(miss) ? miss * miss : 1e30;
+    whole += want * want;
+  }
+  return std::sqrt(wrong / whole);
+}
+
+double tolerance(Dtype dtype) { return dtype == Dtype::f32 ? 1e-6 : dtype == Dtype::bf16 ? 4e-3 : 5e-4; }
+
+void one(const Case& c, uint64_t seed) {
+  Problem problem(c, seed);
+  for (int i = 0; i < musubi::kIsaCount; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (!musubi::has(isa) || musubi::linear_kernel(isa) == nullptr) continue;
+    for (int threads : {1, 3}) {
+      const double error = error_of(problem, isa, threads);
+      EXPECT(error <= tolerance(c.x_dtype), "%s: M %d N %d K %d block %d rank %d dtype %d format %d %s: error %.3g",
+             name_of(isa), static_cast<int>(c.m), static_cast<int>(c.n), static_cast<int>(c.k),
+             static_cast<int>(c.block), static_cast<int>(c.rank), static_cast<int>(c.x_dtype),
+             static_cast<int>(c.format), c.transposed ? "dX" : "forward", error);
+    }
+  }
+}
+
+}  // namespace
+
+void test_linear() {
+  const int64_t sizes[][4] = {{1, 5, 64, 64},    {1, 67, 192, 32},  {3, 9, 7, 0},      {2, 130, 130, -1},
+                              {4, 33, 96, 48},   {5, 64, 128, 64},  {8, 70, 320, 0},   {9, 49, 256, 128},
+                              {16, 200, 65, -1}, {17, 24, 640, 64}, {33, 50, 100, 50}, {49, 193, 66, 33},
+                              {70, 97, 65, 0},   {97, 31, 576, 96}, {1, 1, 1, 0},      {64, 3, 3, -1},
+                              {0, 8, 64, 64},    {7, 0, 64, 64},    {6, 8, 0, 0}};
+  uint64_t seed = 1;
+  for (const auto& s : sizes) {
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
+      for (bool transposed : {false, true}) {
+        const Format format = seed % 2 == 0 ? Format::e5m2 : Format::e4m3;
+        const Dtype scale_dtype = static_cast<Dtype>(seed % 3);
+        const int64_t rank = seed % 4 == 0 ? 0 : static_cast<int64_t>(seed % 4 * 5);
+        one({s[0], s[1], s[2], s[3], rank, dtype, scale_dtype, format, transposed}, seed);
+        ++seed;
+      }
+    }
+  }
+}
+
+}  // namespace musubi_test

@@ -1,0 +1,118 @@
+// All 256 codes decode exactly; quantising finds the nearest code for every ISA, by search among all codes in double.
+#include "ops/fp8_quantize/fp8_quantize.h"
+
+#include <algorithm>
+
+#include "testing.h"
+
+namespace musubi_test {
+namespace {
+
+using musubi::Dtype;
+using musubi::Format;
+using musubi::Isa;
+
+template <class Body>
+void on_every_isa(const Body& body) {
+  for (int i = 0; i < musubi::kIsaCount; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (musubi::has(isa) && musubi::quantize_kernel(isa) != nullptr) body(isa);
+  }
+}
+
+void all_codes_decode(Format format) {
+  std::vector<uint8_t> codes(256);
+  for (size_t i = 0; i < 256; ++i) codes[i] = static_cast<uint8_t>(i);
+  const float one = 1.0f;
+  on_every_isa([&](Isa isa) {
+    std::vector<float> out(256, 7.0f);
+    musubi::DequantizeTask task;
+    task.w = {codes.data(), 1, 256, 256, &one, 0, 0, 256, Dtype::f32, format};
+    task.out = out.data();
+    musubi::dequantize_kernel(isa)(task);
+    for (size_t i = 0; i < 256; ++i) {
+      const double want = value_of(codes[i], format);
+      const bool same = std::isnan(want) ? std::isnan(out[i]) : out[i] == want && std::signbit(out[i]) == (i >= 128);
+      EXPECT(same, "%s: code %d decodes to %g, not %g", name_of(isa), static_cast<int>(i), static_cast<double>(out[i]),
+             want);
+    }
+  });
+}
+
+// The nearest finite code, ties to the even one; values beyond the largest saturate.
+uint8_t nearest(double value, Format format) {
+  const int largest = format == Format::e4m3 ? 0x7e : 0x7b;
+  const double size = std::fabs(value);
+  int best = 0;
+  for (int code = 1; code <= largest; ++code) {
+    const double here = std::fabs(value_of(static_cast<uint8_t>(code), format) - size);
+    const double before = std::fabs(value_of(static_cast<uint8_t>(best), format) - size);
+    if (here < before || (here == before && code % 2 == 0)) best = code;
+  }
+  return static_cast<uint8_t>(best | (std::signbit(value) ? 0x80 : 0));
+}
+
+void codes_are_nearest(Format format, int64_t rows, int64_t cols, int64_t width) {
+  Random random(static_cast<uint64_t>(rows * 1000 + cols + width));
+  const float largest = format == Format::e4m3 ? 448.0f : 57344.0f;
+  std::vector<float> w(static_cast<size_t>(rows * cols));
+  for (auto& each : w) each = static_cast<float>(random.number() * std::exp2(6.0 * random.number()));
+  const int64_t groups = rows * cols / width;
+  on_every_isa([&](Isa isa) {
+    std::vector<uint8_t> codes(w.size(), 0x55);
+    std::vector<float> scales(static_cast<size_t>(groups), -1.0f);
+    musubi::QuantizeTask task;
+    task.w = {w.data(), rows, cols, cols, Dtype::f32};
+    task.width = width;
+    task.format = format;
+    task.codes = codes.data();
+    task.scales = scales.data();
+    task.threads = 3;
+    musubi::quantize_kernel(isa)(task);
+    for (int64_t g = 0; g < groups; ++g) {
+      const auto first = w.begin() + g * width;
+      float peak = 0.0f;
+      for (auto i = first; i < first + width; ++i) peak = std::max(peak, std::fabs(*i));
+      const float scale = std::max(peak / largest, 1e-8f);
+      EXPECT(scales[static_cast<size_t>(g)] == scale, "%s: scale %lld", name_of(isa), static_cast<long long>(g));
+      for (int64_t i = g * width; i < (g + 1) * width; ++i) {
+        const size_t at = static_cast<size_t>(i);
+        const uint8_t want = nearest(static_cast<double>(w[at] / scale), format);
+        EXPECT(codes[at] == want, "%s: weight %g by %g gives %d, not %d", name_of(isa), static_cast<double>(w[at]),
+               static_cast<double>(scale), codes[at], want);
+      }
+    }
+  });
+}
+
+void zeros_stay_zero() {
+  on_every_isa([&](Isa isa) {
+    std::vector<uint16_t> w(70, 0);
+    std::vector<uint8_t> codes(70, 0x55);
+    uint16_t scale = 0x1234;
+    musubi::QuantizeTask task;
+    task.w = {w.data(), 1, 70, 70, Dtype::f16};
+    task.width = 70;
+    task.scale_dtype = Dtype::f16;
+    task.codes = codes.data();
+    task.scales = &scale;
+    musubi::quantize_kernel(isa)(task);
+    EXPECT(scale == 0, "%s: an all-zero half group has scale %d", name_of(isa), scale);
+    EXPECT(std::count(codes.begin(), codes.end(), 0) == 70, "%s: codes of zeros are zero", name_of(isa));
+  });
+}
+
+}  // namespace
+
+void test_quantize() {
+  for (Format format : {Format::e4m3, Format::e5m2}) {
+    all_codes_decode(format);
+    codes_are_nearest(format, 3, 192, 64);
+    codes_are_nearest(format, 5, 37, 37);
+    codes_are_nearest(format, 1, 70000, 70000);
+    codes_are_nearest(format, 2, 1200, 600);
+  }
+  zeros_stay_zero();
+}
+
+}  // namespace musubi_test
