@@ -42,18 +42,18 @@ TINY: dict[str, Tiny] = {
 }
 
 
-def header_of(name: str) -> Header:
-    """The header that a file of the tiny model would have."""
+def header_of(name: str, **sizes: object) -> Header:
+    """The header that a file of the tiny model would have; `sizes` differ from the usual ones."""
     path = Path(f"tiny_{name}.safetensors")
-    shapes = SHAPES[name](TINY[name].sizes)
+    shapes = SHAPES[name](TINY[name].sizes | sizes)
     tensors = {key: TensorInfo(shape=shape, dtype=torch.float32, file=path) for key, shape in shapes.items()}
     return Header(tensors=tensors, metadata={}, paths=(path,))
 
 
-def tiny_dit(name: str) -> nn.Module:
+def tiny_dit(name: str, **sizes: object) -> nn.Module:
     """The tiny transformer in float32 with seeded weights, small enough to keep activations in range."""
     family = registry.get(name)
-    dit = family.build_dit(header_of(name), TINY[name].sizes).to_empty(device="cpu")
+    dit = family.build_dit(header_of(name, **sizes), TINY[name].sizes | sizes).to_empty(device="cpu")
     with torch.no_grad():
         for key, parameter in dit.named_parameters():
             scale = 1.0 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
