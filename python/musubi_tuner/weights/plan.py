@@ -117,8 +117,8 @@ def _allow_quantized_file(header: Header, quantized: Mapping[str, str], policy: 
     stamp = read_stamp(header.metadata, file)
     if policy.fp8 is None:
         raise UserError(
-            f"checkpoint {file} holds {count} FP8 weights: add --fp8_base --fp8_scaled (inference: --fp8_scaled), "
-            "or give the BF16 release"
+            f"checkpoint {file} holds {count} FP8 weights: add --fp8_base --fp8_scaled (--fp8 --fp8_scaled "
+            "for inference), or give the BF16 release"
         )
     if stamp is None and not policy.fp8.allow_prequantized:
         raise UserError(
