@@ -64,7 +64,7 @@ class PromptOptions:
         None, help="prompt file: one prompt per line with its own --w --h --f --d --s --l --fs --n", metavar="FILE"
     )
     video_size: tuple[int, int] | None = option(
-        None, help="height and width in pixels; the task's if not given", minimum=1, metavar="HEIGHT WIDTH"
+        None, help="height and width in pixels, in this order; the task's if not given", minimum=1
     )
     video_length: int | None = option(None, help="number of frames, 4 k + 1; the task's if not given", minimum=1)
     fps: int | None = option(None, help="frames per second of the written video; the task's if not given", minimum=1)

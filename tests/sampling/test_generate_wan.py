@@ -1,0 +1,135 @@
+"""The generate command with a real family in small: measured weights, files in the original layouts, a tokenizer."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from musubi_tuner.config.options import parse
+from musubi_tuner.families import registry
+from musubi_tuner.sampling import generate, outputs
+
+GOLDEN = Path(__file__).parents[1] / "data" / "reference" / "golden"
+DIT = {"num_heads": 3, "text_len": 10}
+VAE = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
+T5 = {"num_heads": 4, "max_length": 10}
+
+
+def weights(case):
+    found = load_file(GOLDEN / f"{case}.safetensors")
+    return {key[2:]: tensor for key, tensor in found.items() if key.startswith("w.")}
+
+
+def write_tokenizer(folder):
+    """One token per letter, an end token, in the form that the text encoder's folder has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    letters = [(letter, -2.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyz0123456789"]
+    model = models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *letters], unk_id=2, byte_fallback=False)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about | {"unk_token": "<unk>"}), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with dit, vae, t5 and tokenizer; the text width is that of the transformer."""
+    folder = tmp_path_factory.mktemp("models")
+    draw = torch.Generator().manual_seed(11)
+
+    def widened(tensor):
+        shape = [56 if size == 32 else size for size in tensor.shape]
+        return torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=draw) * 0.3
+
+    save_file(weights("wan2_1_t2v_a"), folder / "dit.safetensors", {"musubi.config": json.dumps(DIT)})
+    save_file(weights("wan_vae_a"), folder / "vae.safetensors", {"musubi.config": json.dumps(VAE)})
+    text = {key: widened(tensor) for key, tensor in weights("wan_umt5_a").items()}
+    save_file(text, folder / "t5.safetensors", {"musubi.config": json.dumps(T5)})
+    write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def run(models, tmp_path):
+    family = registry.get("wan")
+    groups = (*generate.GROUPS, *family.option_groups("generate"))
+
+    def command(*words, folder="out"):
+        argv = ["--save_path", str(tmp_path / folder), "--task", "t2v-1.3B", "--video_size", "32", "48"]
+        argv += ["--infer_steps", "3", "--seed", "5"]
+        for name in ("dit", "vae", "t5"):
+            argv += [f"--{name}", str(models / f"{name}.safetensors")]
+        generate.run(family, parse(groups, [*argv, *map(str, words)], prog="generate", description=""))
+        return sorted((tmp_path / folder).iterdir())
+
+    return command
+
+
+def latents_of(files):
+    (path,) = (path for path in files if path.name.endswith("_latent.safetensors"))
+    return outputs.read_latents(str(path), "wan")[0]
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+def test_text_becomes_a_clip_and_a_picture(run):
+    clip, latent = run("--prompt", "a red seven", "--video_length", "5", "--output_type", "both")
+    assert clip.suffix == ".mp4"
+    assert latents_of([latent]).shape == (16, 2, 4, 6)
+    (picture,) = run("--prompt", "a red seven", "--video_length", "1", folder="one")
+    with Image.open(picture) as image:
+        assert image.size == (48, 32)
+        assert len(image.getcolors(48 * 32)) > 20, "not a flat picture"
+
+
+def test_the_prompt_the_seed_and_the_guidance_matter_and_the_batch_does_not(run, tmp_path):
+    def latents(folder, *words):
+        return latents_of(run("--video_length", "1", "--output_type", "latent", *words, folder=folder))
+
+    base = latents("a", "--prompt", "a red seven")
+    assert torch.equal(latents("b", "--prompt", "a red seven"), base)
+    assert relative(latents("c", "--prompt", "a blue two"), base) > 1e-3
+    assert relative(latents("d", "--prompt", "a red seven", "--seed", "6"), base) > 0.1
+    assert relative(latents("e", "--prompt", "a red seven", "--guidance_scale", "1"), base) > 1e-3
+    assert relative(latents("f", "--prompt", "a red seven", "--cfg_batch"), base) < 1e-4
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a blue two --d 9\na red seven\n", encoding="utf-8")
+    files = run(
+        "--from_file", prompts, "--video_length", "1", "--output_type", "latent", "--sample_batch_size", "2",
+        folder="g",
+    )  # fmt: skip
+    assert relative(latents_of([p for p in files if "_5_" in p.name]), base) < 1e-4
+
+
+def test_fp8_stays_close_and_a_lora_moves_it(run, models, tmp_path):
+    words = ("--prompt", "a red seven", "--video_length", "1", "--output_type", "latent")
+    exact = latents_of(run(*words, folder="exact"))
+    scaled = latents_of(run(*words, "--fp8", "--fp8_scaled", folder="scaled"))
+    assert 0 < relative(scaled, exact) < 0.1
+    draw = torch.Generator().manual_seed(2)
+    name = "lora_unet_blocks_0_self_attn_q"
+    factors = {
+        f"{name}.lora_down.weight": torch.randn(2, 96, generator=draw),
+        f"{name}.lora_up.weight": torch.randn(96, 2, generator=draw),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+    save_file(factors, tmp_path / "lora.safetensors")
+    lora = ("--lora_weight", tmp_path / "lora.safetensors")
+    assert torch.equal(latents_of(run(*words, *lora, "--lora_multiplier", "0", folder="zero")), exact)
+    moved = latents_of(run(*words, *lora, folder="moved"))
+    merged = weights("wan2_1_t2v_a")
+    key = "blocks.0.self_attn.q.weight"
+    merged[key] = merged[key] + factors[f"{name}.lora_up.weight"] @ factors[f"{name}.lora_down.weight"]
+    save_file(merged, tmp_path / "merged.safetensors", {"musubi.config": json.dumps(DIT)})
+    by_hand = latents_of(run(*words, "--dit", tmp_path / "merged.safetensors", folder="by_hand"))
+    assert relative(moved, by_hand) < 1e-5
+    assert relative(moved, exact) > 1e-3
