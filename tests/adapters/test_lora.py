@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from musubi_tuner.adapters.attach import NetworkArgs, attach, attach_tensors
-from musubi_tuner.adapters.formats import resolve, to_default_keys
+from musubi_tuner.adapters.formats import lora_name, resolve
 from musubi_tuner.adapters.lora import Dropout, DropoutKey, LoraLinear, initial_down
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families import registry
@@ -317,9 +317,14 @@ def test_dotted_spellings_load_as_the_default_one(
     shapes = {path: tuple(m.weight.shape) for path, m in model.named_modules() if type(m) is nn.Linear}
     found = resolve(renamed, shapes)
     assert found.unmatched == ()
-    back = to_default_keys(found.modules)
-    assert back.keys() == lora.keys()
-    assert all(torch.equal(back[key], lora[key]) for key in lora)
+    assert {lora_name(path) for path in found.modules} == {key.partition(".")[0] for key in lora}
+    for path, factors in found.modules.items():
+        name = lora_name(path)
+        assert factors.down is not None
+        assert factors.up is not None
+        assert torch.equal(factors.down, lora[f"{name}.lora_down.weight"])
+        assert torch.equal(factors.up, lora[f"{name}.lora_up.weight"])
+        assert factors.alpha == float(lora[f"{name}.alpha"])
 
 
 def test_the_established_converted_form_has_the_same_delta(

@@ -126,7 +126,7 @@ def killed_while_saving(path: Path, pause: float) -> bool:
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, env=environment)
     assert child.stdout is not None
     child.stdout.readline()
-    while not path.exists():
+    while not path.exists() and child.poll() is None:
         time.sleep(0.005)
     time.sleep(pause)
     child.send_signal(signal.SIGKILL)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from musubi_tuner.adapters.formats import Factors, Resolved, lora_name, require_applicable, resolve
+from musubi_tuner.adapters.formats import Factors, lora_name, require_applicable, resolve
 from musubi_tuner.adapters.lora import Dropout, DropoutKey, LoraLinear
 from musubi_tuner.adapters.targets import NetworkArgs, Targets, find_targets, parse_network_args
 from musubi_tuner.config.errors import UserError
@@ -227,13 +227,3 @@ def _fill(slot: LoraLinear, factors: Factors) -> None:
         slot.down.copy_(factors.down)
         slot.up.copy_(factors.up)
     slot.alpha = factors.alpha or float(factors.rank)
-
-
-def resolved_for(model: nn.Module, tensors: Mapping[str, Tensor]) -> Resolved:
-    """How a file's tensors sort to all weights of `model`: for checks before any work is done."""
-    shapes = {
-        name.removesuffix(".weight"): tuple(tensor.shape)
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if name.endswith(".weight")
-    }
-    return resolve(tensors, shapes)

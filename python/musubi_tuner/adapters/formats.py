@@ -12,7 +12,6 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
@@ -191,17 +190,3 @@ def require_applicable(found: Resolved, label: str, paths: Iterable[str], *, str
 def is_adapter_file(keys: Iterable[str]) -> bool:
     """True where at least one key looks like a factor of an adapter that is read here."""
     return any(key.endswith(tuple(_SUFFIXES)) for key in keys)
-
-
-def to_default_keys(modules: Mapping[str, Factors], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The modules in our own spelling, `lora_unet_<path>.{alpha, lora_down.weight, lora_up.weight}`."""
-    tensors: dict[str, Tensor] = {}
-    for path, factors in modules.items():
-        if factors.down is None or factors.up is None:
-            raise ValueError(f"{path}: whole deltas have no place in the default LoRA keys")
-        name = lora_name(path)
-        alpha = factors.alpha or float(factors.rank)
-        tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=dtype or factors.down.dtype)
-        tensors[f"{name}.lora_down.weight"] = factors.down.to(dtype or factors.down.dtype)
-        tensors[f"{name}.lora_up.weight"] = factors.up.to(dtype or factors.up.dtype)
-    return tensors

@@ -1,1 +1,1 @@
-"""Established names of network modules, as `--network_module` and imports of users spell them: thin, over `adapters`."""
+"""Established names of network modules, as `--network_module` and imports spell them: thin, over `adapters`."""

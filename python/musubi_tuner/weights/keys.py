@@ -5,7 +5,7 @@ A rename is a function `str -> str | None` (None: the tensor is not needed). Fam
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Rename = Callable[[str], str | None]
@@ -29,12 +29,6 @@ def without_prefix(*prefixes: str) -> Rename:
         return key
 
     return rename
-
-
-def dropping(*patterns: str) -> Rename:
-    """Drop keys that match one of the regular expressions in full."""
-    compiled = [re.compile(pattern) for pattern in patterns]
-    return lambda key: None if any(p.fullmatch(key) for p in compiled) else key
 
 
 def chain(*renames: Rename) -> Rename:
@@ -69,12 +63,3 @@ class Rules:
         if self.strict and not changed:
             raise ValueError(f"no renaming rule matches key {key!r}")
         return key
-
-
-def common_prefix(keys: Iterable[str], wrappers: Sequence[str] = WRAPPERS) -> str:
-    """The wrapper that at least half of the keys carry, or ""."""
-    listed = list(keys)
-    for wrapper in wrappers:
-        if listed and 2 * sum(key.startswith(wrapper) for key in listed) >= len(listed):
-            return wrapper
-    return ""

@@ -36,10 +36,6 @@ class Header:
     metadata: Mapping[str, str] = field(default_factory=dict)
     paths: tuple[Path, ...] = ()
 
-    @property
-    def nbytes(self) -> int:
-        return sum(info.nbytes for info in self.tensors.values())
-
 
 class Checkpoint:
     """An open checkpoint: `header` and `read`. Close it, or use it as a context manager."""
