@@ -200,6 +200,8 @@ def test_another_file_is_refused_in_one_sentence(shapes, metadata, message):
         FAMILY.build_dit(header_of(shapes, metadata))
 
 
-def test_text_longer_than_the_model_takes_is_refused(model, case):
-    with pytest.raises(ValueError, match="text of 11 tokens: this model takes at most 10"):
-        model(case.inputs["x"], case.inputs["t"], torch.zeros(2, 11, 56))
+@pytest.mark.parametrize("shape", [(2, 11, 56), (2, 10, 64)])
+def test_text_that_another_encoder_made_is_refused(model, case, shape):
+    told = f"text of {shape[1]} tokens, {shape[2]} wide: this model takes at most 10 tokens, 56 wide"
+    with pytest.raises(UserError, match=told):
+        model(case.inputs["x"], case.inputs["t"], torch.zeros(shape))

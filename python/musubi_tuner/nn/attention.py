@@ -7,7 +7,6 @@ error before any model is loaded (`check_mode`), never a silent fallback.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Final
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.config.options import option
 
 LIBRARIES: Final = {
     "flash": "flash_attn",
@@ -26,30 +24,6 @@ LIBRARIES: Final = {
     "xformers": "xformers",
 }
 MODES: Final = ("sdpa", *LIBRARIES)
-_NAMES: Final = {"torch": "sdpa", "flash2": "flash", "flash_attn": "flash", "sage": "sageattn", "sage_attn": "sageattn"}
-
-
-def _mode(text: str) -> str:
-    return _NAMES.get(text, text)
-
-
-@dataclass(frozen=True)
-class AttentionOptions:
-    """Attention"""
-
-    attn_mode: str = option(
-        "sdpa",
-        help="attention library; sdpa is torch's own, the others must be installed and want CUDA and bf16 or fp16",
-        choices=MODES,
-        parse=_mode,
-        shorthand={
-            "--sdpa": "sdpa",
-            "--flash_attn": "flash",
-            "--flash3": "flash3",
-            "--sage_attn": "sageattn",
-            "--xformers": "xformers",
-        },
-    )
 
 
 def check_mode(mode: str) -> str:

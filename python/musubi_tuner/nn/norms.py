@@ -14,19 +14,23 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype != torch.float64 else x
-        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (y * self.weight.to(wide.dtype)).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm computed in float32; `affine=False` has no parameters."""
+    """y = (x - mean) / sqrt(var + eps) * weight + bias over the last axis; `affine=False` has no parameters.
+
+    torch's kernel accumulates in float32 for half-precision input, so `x` is widened only where the parameters have
+    another dtype: autograd then keeps the narrow activations.
+    """
 
     def __init__(self, width: int, eps: float, affine: bool) -> None:
         super().__init__(width, eps=eps, elementwise_affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype != torch.float64 else x
-        weight = None if self.weight is None else self.weight.to(wide.dtype)
-        bias = None if self.bias is None else self.bias.to(wide.dtype)
-        return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        if self.weight is None or self.weight.dtype == x.dtype:
+            return super().forward(x).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)

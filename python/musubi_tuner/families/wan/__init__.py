@@ -41,7 +41,10 @@ class WanFamily:
         return vae.load_vae(path, device=device, dtype=dtype)
 
     def encode_latents(
-        self, items: Sequence[Item], vae: Vae, encoders: Encoders | None = None,  # noqa: ARG002 the protocol's
+        self,
+        items: Sequence[Item],
+        vae: Vae,
+        encoders: Encoders | None = None,  # noqa: ARG002 the protocol's
     ) -> list[list[dict[str, Tensor]]]:
         """One entry per item: its latents [16, F, H, W]."""
         pixels = [item.pixels for item in items if item.pixels is not None]

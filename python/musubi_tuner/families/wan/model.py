@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.config.errors import UserError
 from musubi_tuner.nn.attention import attention
 from musubi_tuner.nn.norms import LayerNorm, RMSNorm
 from musubi_tuner.nn.rope import grid_rotations, rotate
@@ -114,9 +115,13 @@ class WanModel(nn.Module):
 
     def padded(self, text: Tensor) -> Tensor:
         """Text zero-padded to `text_len`: the model attends to the padding, as it was trained to."""
-        missing = self.config.text_len - text.shape[1]
-        if missing < 0:
-            raise ValueError(f"text of {text.shape[1]} tokens: this model takes at most {self.config.text_len}")
+        tokens, width = text.shape[1:]
+        missing = self.config.text_len - tokens
+        if missing < 0 or width != self.config.text_dim:
+            raise UserError(
+                f"text of {tokens} tokens, {width} wide: this model takes at most {self.config.text_len} tokens, "
+                f"{self.config.text_dim} wide; encode the captions with the text encoder that belongs to it"
+            )
         return nn.functional.pad(text, (0, 0, 0, missing))
 
     def rotations(self, grid: tuple[int, int, int], device: torch.device, frames: Tensor | None) -> Tensor:
@@ -193,17 +198,17 @@ class Head(nn.Module):
 
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation.float() + time.unsqueeze(1)).unbind(1)
-        return float_linear(self.head, modulate(self.norm(h), shift, scale).float())
+        return float_linear(self.head, modulate(self.norm(h.float()), shift, scale))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift in float32, back in x's dtype; `shift, scale: [B, D]`."""
-    return (x.float() * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)).to(x.dtype)
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1)).to(x.dtype)
 
 
 def gated(h: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """h + y gate in float32, back in h's dtype; `gate: [B, D]`."""
-    return (h.float() + y.float() * gate.unsqueeze(1)).to(h.dtype)
+    return torch.addcmul(h, y, gate.unsqueeze(1)).to(h.dtype)
 
 
 def float_linear(layer: nn.Linear, x: Tensor) -> Tensor:
