@@ -21,6 +21,7 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes a line; through tqdm, where a bar may be open, so that neither breaks the other."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr  # as it is now: a caller may have replaced it since the handler was made
         tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
         if tqdm is None:
             super().emit(record)

@@ -77,8 +77,8 @@ def test_a_picture_without_a_caption(workshop, told, tmp_path):
 
 
 def test_an_option_with_a_letter_wrong(workshop, told):
-    said = told("wan_train_network", *workshop.training("x"), "--learning_rat", "1e-4")
-    assert "learning_rat" in said
+    said = told("wan_train_network", *workshop.training("x"), "--lerning_rate", "1e-4")
+    assert "lerning_rate" in said
     assert "learning_rate" in said
 
 
@@ -98,7 +98,7 @@ def test_training_before_caching(workshop, told, tmp_path):
     (tmp_path / "data.toml").write_text(config, encoding="utf-8")
     words = workshop.training("x")
     words[words.index("--dataset_config") + 1] = str(tmp_path / "data.toml")
-    assert "wan_cache_latents" in told("wan_train_network", *words)
+    assert "cache_latents wan" in told("wan_train_network", *words)
     assert not (workshop.out / "x.safetensors").exists()
 
 
