@@ -9,6 +9,7 @@ on. The shipped files are bfloat16 safetensors in Wan's original key layouts, wi
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,18 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.families.base import Dit
+from musubi_tuner.families.wan.model import WanConfig, WanModel
+from musubi_tuner.families.wan.vae import VaeConfig, to_original_keys
 from musubi_tuner.sampling.models import encode
 from musubi_tuner.sampling.pipeline import Sampler, decode
 from musubi_tuner.sampling.request import Request
 from musubi_tuner.tools.demo import examine, judge, pretrain_dit, pretrain_text, pretrain_vae, shelf, world
 from musubi_tuner.tools.demo.base import CPU, Base
-from musubi_tuner.weights.reader import Header
 from musubi_tuner.weights.write import atomic_save_safetensors
 
 SEED = 20261124
-DIT_CONFIG: dict[str, Any] = {
-    "dim": 128,
-    "ffn_dim": 512,
-    "num_heads": 4,
-    "num_layers": 6,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": [1, 2, 2],
-    "text_dim": 64,
-    "text_len": 16,
-    "freq_dim": 256,
-}
+VAE_CONFIG = VaeConfig(base_dim=16, num_res_blocks=1)
+DIT_CONFIG = WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=6, text_dim=64, text_len=16)
 ACCURACY_GATE = 0.95
 
 
@@ -68,19 +60,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], d
 
 def make_vae(base: Base, work: Path) -> None:
     """Train, fold the family's latent statistics in, and write under the original names."""
-    from musubi_tuner.families.wan import vae as family_vae
-
-    model = pretrain_vae.train(pretrain_vae.VaeRecipe(), work)
-    mean, std = family_vae.LATENTS_MEAN, family_vae.LATENTS_STD
-    pretrain_vae.fold_statistics(model, pretrain_vae.typical_pixels(SEED), mean, std)
-    config = {
-        "base_dim": 16,
-        "z_dim": 16,
-        "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 1,
-        "temporal_downsample": [False, True, True],
-    }
-    save(base.vae, family_vae.to_original_keys(model.state_dict()), config, torch.bfloat16)
+    model: Any = pretrain_vae.train(pretrain_vae.VaeRecipe(), work)
+    known = model.config  # diffusers knows the published statistics
+    pretrain_vae.fold_statistics(model, pretrain_vae.typical_pixels(SEED), known.latents_mean, known.latents_std)
+    save(base.vae, to_original_keys(model.state_dict(), VAE_CONFIG), asdict(VAE_CONFIG), torch.bfloat16)
 
 
 def make_dit(base: Base, work: Path) -> None:
@@ -88,7 +71,8 @@ def make_dit(base: Base, work: Path) -> None:
     family, recipe = base.family, pretrain_dit.DitRecipe()
     shelved = shelf.open_shelf(work / "latents.pt", base.load_vae(), SEED)
     texts = shelf.encode_captions(family, base.load_encoders(), shelf.all_captions())
-    dit = family.build_dit(Header({}), DIT_CONFIG)
+    with torch.device("meta"):
+        dit = WanModel(DIT_CONFIG)
     pretrain_dit.initialize(dit, recipe.seed)
     source = shelf.DigitBatches(family, shelved, texts, recipe.seed)
     source = shelf.DigitBatches(
@@ -97,7 +81,7 @@ def make_dit(base: Base, work: Path) -> None:
     weights = pretrain_dit.pretrain(
         dit, lambda x_t, t, cond: family.predict(dit, x_t, t, cond), source, recipe, work / "dit_state.pt"
     )
-    save(base.dit, weights, DIT_CONFIG, torch.bfloat16)
+    save(base.dit, weights, asdict(DIT_CONFIG), torch.bfloat16)
 
 
 def figures(base: Base) -> dict[str, float]:

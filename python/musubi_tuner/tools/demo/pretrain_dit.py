@@ -26,7 +26,7 @@ class DitRecipe:
     """What made the shipped DiT."""
 
     seed: int = 20261124
-    steps: int = 7500
+    steps: int = 4200
     images_only: float = 0.6
     """Share of the steps before clips come in."""
     rate: float = 1.5e-3

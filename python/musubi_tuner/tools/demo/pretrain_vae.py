@@ -1,6 +1,7 @@
-"""Pre-training of the demo's VAE: Wan's class at a sixth of its width, on painted digits, in three stages.
+"""Pre-training of the demo's VAE: Wan's class at a sixth of its width, on painted digits, in four stages.
 
-Crops of images first, then crops of images and clips, then whole pictures. The loss is L1 and squared error on an
+Crops of images first, then crops of images and clips, then whole pictures; at last the decoder alone, so that latents
+are settled before the end and whoever waits for them can begin. The loss is L1 and squared error on an
 unclamped decode (diffusers clamps its output, which has no gradient where it saturates), with a little noise on the
 latents so that a diffusion model's small errors stay small in pixels. Latents are free while training; at the end an
 affine map is folded into `quant_conv` and `post_quant_conv`, so that the family's fixed mean and deviation hold: a
@@ -33,13 +34,15 @@ ARCHITECTURE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` optimizer steps on crops of `size` pixels; every `1 / clip_share`-th batch holds clips."""
+    """`steps` optimizer steps on crops of `size` pixels; a share of the batches holds clips."""
 
     steps: int
     size: int
     images: int
     clips: int
     clip_share: float
+    decoder_only: bool = False
+    """The encoder stays as its average was when the stage began."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class VaeRecipe:
     stages: tuple[Stage, ...] = (
         Stage(steps=2400, size=32, images=16, clips=2, clip_share=0.0),
         Stage(steps=3000, size=32, images=16, clips=2, clip_share=0.4),
-        Stage(steps=1700, size=64, images=8, clips=1, clip_share=0.4),
+        Stage(steps=300, size=64, images=8, clips=1, clip_share=0.4),
+        Stage(steps=1400, size=64, images=8, clips=1, clip_share=0.5, decoder_only=True),
     )
     rate: float = 2e-3
     last_rate: float = 3e-5
@@ -192,9 +196,10 @@ def psnr(vae: nn.Module, pixels: Tensor) -> float:
     return 10 * math.log10(4 / error)
 
 
-def loss_of(vae: nn.Module, pixels: Tensor, recipe: VaeRecipe, generator: torch.Generator) -> Tensor:
+def loss_of(vae: Any, pixels: Tensor, recipe: VaeRecipe, generator: torch.Generator) -> Tensor:
     """L1 / 2 + 2 squared error of the noisy reconstruction, and a weak pull of the latents towards unit scale."""
-    latents = encode(vae, pixels)
+    with torch.set_grad_enabled(next(vae.encoder.parameters()).requires_grad):
+        latents = encode(vae, pixels)
     noisy = latents + recipe.latent_noise * torch.randn(latents.shape, generator=generator)
     error = decode_unclamped(vae, noisy) - pixels
     return 0.5 * error.abs().mean() + 2 * error.square().mean() + recipe.latent_pull * latents.square().mean()
@@ -225,6 +230,8 @@ def train(recipe: VaeRecipe, folder: Path) -> nn.Module:
     started = time.perf_counter()
     for step in range(first, recipe.steps):
         stage, generator = recipe.stage_at(step), keyed.generator(recipe.seed, "vae", step)
+        if stage.decoder_only:
+            settle_encoder(vae, average)
         clips = bool(torch.rand((), generator=generator) < stage.clip_share)
         loss = loss_of(vae, batch(glyphs, stage, clips, generator), recipe, generator)
         optimizer.zero_grad(set_to_none=True)
@@ -241,6 +248,16 @@ def train(recipe: VaeRecipe, folder: Path) -> nn.Module:
             torch.save({**state, "step": step + 1}, state_file.with_suffix(".part"))
             state_file.with_suffix(".part").replace(state_file)
     return average
+
+
+@torch.no_grad()
+def settle_encoder(vae: Any, average: Any) -> None:
+    """Give the model the averaged encoder and train it no more; doing so again changes nothing."""
+    for side in ("encoder", "quant_conv"):
+        part = getattr(vae, side)
+        if any(p.requires_grad for p in part.parameters()):
+            part.load_state_dict(getattr(average, side).state_dict())
+            part.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -84,4 +84,4 @@ def read_training(folder: Path, *, reused: bool) -> Training:
     def values(tag: str) -> tuple[float, ...]:
         return tuple(event.value for event in events.Scalars(tag)) if tag in scalars else ()
 
-    return Training(values("loss/current"), values("seconds_per_step"), reused)
+    return Training(values("loss/current"), values("time/seconds_per_step"), reused)
