@@ -46,6 +46,7 @@ class Facts:
     precision: str
     optimizer: str
     network_dim: int | None = None
+    network_alpha: float | None = None
     network_args: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
     session: str = field(default_factory=lambda: str(secrets.randbits(32)))
@@ -53,7 +54,7 @@ class Facts:
 
 
 def at(
-    spec: FamilySpec, options: Resolved, facts: Facts, *, step: int, epoch: int, now: float | None = None
+    spec: FamilySpec, options: Resolved, facts: Facts, step: int, epoch: int, *, now: float | None = None
 ) -> dict[str, str]:
     """The metadata of a file saved after `step` steps in epoch `epoch`; `now` is the time, for tests."""
     now = time.time() if now is None else now
@@ -108,7 +109,7 @@ def _network(spec: FamilySpec, options: Resolved, facts: Facts) -> dict[str, Any
     record = {
         "ss_network_module": network.network_module or spec.network_module,
         "ss_network_dim": facts.network_dim,
-        "ss_network_alpha": network.network_alpha,
+        "ss_network_alpha": facts.network_alpha,
         "ss_network_dropout": network.network_dropout,
     }
     return record | ({"ss_network_args": json.dumps(dict(facts.network_args))} if facts.network_args else {})

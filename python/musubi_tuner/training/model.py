@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from musubi_tuner.adapters.attach import AdapterSet, attach, attach_tensors, parse_network_args
+from musubi_tuner.adapters.attach import attach, attach_tensors, parse_network_args
 from musubi_tuner.adapters.files import load_lora
 from musubi_tuner.adapters.merge import LoraMerge
 from musubi_tuner.config.errors import UserError
@@ -41,8 +41,8 @@ class Trainable:
     write: Write
     begin_step: Callable[[int, int, tuple[int, ...]], None] | None = None
     rank: int | None = None
+    alpha: float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    adapters: AdapterSet | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -88,8 +88,8 @@ def adapter(
         rank = adapters.modules[0].rank
     else:
         rank = rank or DEFAULT_RANK
-        alpha, drop = network.network_alpha, network.network_dropout
-        adapters = attach(dit, spec.adapter, rank=rank, alpha=alpha, seed=seed, dropout=drop, args=args)
+        drop = network.network_dropout
+        adapters = attach(dit, spec.adapter, rank=rank, alpha=network.network_alpha, seed=seed, dropout=drop, args=args)
         if tensors is not None:
             adapters.load(tensors, label=str(network.network_weights))
     groups = [
@@ -100,7 +100,8 @@ def adapter(
     log.info("LoRA of rank %d on %d modules, %s parameters", rank, len(adapters.paths), f"{count:,}")
     given = {pair.partition("=")[0].strip() for pair in network.network_args}
     arguments = {key: value for key, value in asdict(args).items() if key in given}
-    return Trainable(groups, lora_file(adapters, save_dtype), adapters.begin_step, rank, arguments, adapters)
+    alpha = adapters.modules[0].alpha
+    return Trainable(groups, lora_file(adapters, save_dtype), adapters.begin_step, rank, alpha, arguments)
 
 
 def whole_model(dit: Dit, opened: OpenDit, *, rate: float, save_dtype: torch.dtype | None) -> Trainable:

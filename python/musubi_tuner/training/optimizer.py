@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from musubi_tuner.families.base import FamilySpec
 from musubi_tuner.optim.build import build_optimizer, parse_arguments, scheduler_class, sets_its_own_rate
 from musubi_tuner.optim.schedules import Schedule, SchedulerClass, curve
-from musubi_tuner.training.config import OptimizerOptions
+from musubi_tuner.training.config import OptimizerOptions, TimestepOptions
 from musubi_tuner.training.loop import Rate
-
-log = logging.getLogger(__name__)
 
 
 def optimizer_and_rate(
@@ -24,7 +23,6 @@ def optimizer_and_rate(
     optimizer = build_optimizer(chosen.optimizer_type, groups, arguments, rate=chosen.learning_rate)
     extra = parse_arguments(chosen.lr_scheduler_args, "lr_scheduler_args")
     if sets_its_own_rate(optimizer):
-        log.warning("%s sets its own rate: lr_scheduler has no effect", type(optimizer).__name__)
         return optimizer, None
     if chosen.lr_scheduler_type:
         return optimizer, SchedulerClass(scheduler_class(chosen.lr_scheduler_type)(optimizer, **extra), processes)
@@ -42,3 +40,11 @@ def optimizer_and_rate(
         args=extra,
     )
     return optimizer, Schedule(factor)
+
+
+def rehearse(chosen: OptimizerOptions, times: TimestepOptions, spec: FamilySpec, *, steps: int) -> None:
+    """Build optimizer, schedule and distribution of t once for nothing, so that what cannot be is told (UserError)
+    before the model is loaded."""
+    stand_in = {"params": [nn.Parameter(torch.zeros(1))], "lr": chosen.learning_rate}
+    optimizer_and_rate(chosen, [stand_in], steps=steps)
+    times.distribution((spec.latents.channels, 1, 64, 64))

@@ -24,7 +24,7 @@ from musubi_tuner.nn.checkpointing import checkpointed
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.optim.build import described
 from musubi_tuner.sampling.models import OpenDit, read_model_config
-from musubi_tuner.training import config, metadata
+from musubi_tuner.training import config, metadata, preview
 from musubi_tuner.training.checkpoint import Names, Saver, output_folder, output_name
 from musubi_tuner.training.config import (
     GROUPS,
@@ -39,7 +39,7 @@ from musubi_tuner.training.config import (
 from musubi_tuner.training.events import Observer
 from musubi_tuner.training.loop import Plan, train
 from musubi_tuner.training.model import Trainable, adapter, check_adapter, open_model, weight_policy, whole_model
-from musubi_tuner.training.optimizer import optimizer_and_rate
+from musubi_tuner.training.optimizer import optimizer_and_rate, rehearse
 from musubi_tuner.training.runtime import LocalRuntime, launched
 from musubi_tuner.training.step import KeyedDraws, Predict, Step
 from musubi_tuner.training.tracker import ProgressBar, TensorBoard, open_tracker, show_nowhere
@@ -66,15 +66,18 @@ def run(family: Family, options: Resolved) -> None:
     setting = _checked(family, options)
     source = _data(setting)
     plan = _plan(setting, source)
+    rehearse(options[OptimizerOptions], options[TimestepOptions], family.spec, steps=plan.max_steps)
     prompts = _encoded_prompts(setting)
     dit, trainable = _model(setting)
     optimizer, rate = optimizer_and_rate(
         options[OptimizerOptions], trainable.groups, steps=plan.max_steps, processes=setting.runtime.world
     )
+    if rate is None:
+        log.warning("%s sets its own rate: lr_scheduler has no effect", type(optimizer).__name__)
     step = _step(setting, dit, trainable, optimizer)
     observers = _observers(setting, step, trainable, plan, source)
     if prompts is not None:
-        observers = _with_previews(setting, observers, prompts, dit, optimizer)
+        observers = _with_previews(setting, observers, prompts, dit, step)
     runtime = setting.runtime
     log.info("%d steps, precision %s, on %s", plan.max_steps, runtime.precision, runtime.device)
     dit.train()
@@ -113,13 +116,11 @@ def _plan(of: Setting, source: CachedBatches) -> Plan:
     return Plan(of.runtime.agree(chosen.max_train_epochs * plan.steps_per_epoch(len(source))), plan.accumulation)
 
 
-def _encoded_prompts(of: Setting) -> Any:
+def _encoded_prompts(of: Setting) -> preview.Encoded | None:
     """What previews need of the text encoder, which is gone when this returns; None without previews."""
     if of.options[SampleOptions].sample_prompts is None or of.runtime.rank != 0:
         return None
-    from musubi_tuner.training.preview import encode
-
-    return encode(of.family, of.options, device=of.runtime.device)
+    return preview.encode(of.family, of.options, device=of.runtime.device)
 
 
 def _model(of: Setting) -> tuple[Dit, Trainable]:
@@ -170,6 +171,7 @@ def _observers(of: Setting, step: Step, trainable: Trainable, plan: Plan, source
         precision=of.runtime.precision,
         optimizer=described(step.optimizer, of.options[OptimizerOptions].optimizer_args),
         network_dim=trainable.rank,
+        network_alpha=trainable.alpha,
         network_args=trainable.arguments,
         data=source.metadata(),
     )
@@ -181,14 +183,18 @@ def _observers(of: Setting, step: Step, trainable: Trainable, plan: Plan, source
 
 
 def _with_previews(
-    of: Setting, observers: list[Observer], prompts: Any, dit: Dit, optimizer: torch.optim.Optimizer
+    of: Setting, observers: list[Observer], prompts: preview.Encoded, dit: Dit, step: Step
 ) -> list[Observer]:
     """Previews come first, so that they are on disk before the tracker closes."""
-    from musubi_tuner.training.preview import Previews
-
     show = next((o.show for o in observers if isinstance(o, TensorBoard)), show_nowhere)
-    names, runtime = of.names, of.runtime
-    previews = Previews(
-        of.family, of.options, prompts, dit, runtime=runtime, show=show, names=names, optimizer=optimizer
+    previews = preview.Previews(
+        of.family,
+        of.options,
+        prompts,
+        dit,
+        runtime=of.runtime,
+        show=show,
+        names=of.names,
+        optimizer=step.optimizer,
     )
     return [previews, *observers]

@@ -11,9 +11,10 @@ clipping. A LoRA's gradients are small, and a family's `predict` may then look a
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 from musubi_tuner.config.errors import UserError
 
-Precision = Literal["no", "fp16", "bf16"]
 _DTYPES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -56,7 +56,7 @@ class LocalRuntime:
     """Plain torch: autocast by `precision`, a loss scaler for fp16, gradients averaged when `world` > 1."""
 
     def __init__(
-        self, device: torch.device | str = "cpu", precision: Precision = "no", *, rank: int = 0, world: int = 1
+        self, device: torch.device | str = "cpu", precision: str = "no", *, rank: int = 0, world: int = 1
     ) -> None:
         self.device, self.precision = torch.device(device), precision
         self.rank, self.world = rank, world
@@ -125,20 +125,17 @@ def average_gradients(parameters: Sequence[nn.Parameter], world: int) -> None:
 
 
 def launched(mixed_precision: str | None = None) -> LocalRuntime:
-    """The runtime of this process as accelerate's launcher or config has it. `mixed_precision`: None = the launcher's.
+    """The runtime of this process as accelerate's launcher set it up. `mixed_precision`: None = the launcher's.
 
     Raises UserError for launches that this trainer does not support (DeepSpeed, FSDP, fp8 autocast).
     """
-    from accelerate import Accelerator
+    from accelerate import PartialState
 
-    try:
-        accelerator = Accelerator(mixed_precision=mixed_precision)
-    except ValueError as fault:
-        raise UserError(f"accelerate cannot start with mixed_precision = {mixed_precision}: {fault}") from fault
-    kind = str(accelerator.distributed_type).rpartition(".")[2]
-    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
-        raise UserError(f"the launcher asks for {kind}: use a plain launch (`accelerate launch --num_processes N ...`)")
-    if accelerator.mixed_precision == "fp8":
+    for variable, kind in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
+        if os.environ.get(variable, "").lower() in ("true", "1"):
+            raise UserError(f"the launcher asks for {kind}: use a plain launch (`accelerate launch --num_processes N`)")
+    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+    if precision == "fp8":
         raise UserError("the launcher asks for mixed_precision = fp8: use bf16, and --fp8_base for FP8 weights")
-    precision: Precision = accelerator.mixed_precision
-    return LocalRuntime(accelerator.device, precision, rank=accelerator.process_index, world=accelerator.num_processes)
+    state = PartialState()
+    return LocalRuntime(state.device, precision, rank=state.process_index, world=state.num_processes)

@@ -26,7 +26,7 @@ STRIP_FRAMES = 8
 class Show(Protocol):
     """Where previews are shown: `show(tag, pixels, step)`, pixels `[3, F, H, W]` float in [0, 1] on the CPU."""
 
-    def __call__(self, tag: str, pixels: Tensor, step: int) -> None: ...
+    def __call__(self, tag: str, pixels: Tensor, step: int, /) -> None: ...
 
 
 def show_nowhere(_tag: str, _pixels: Tensor, _step: int) -> None:
