@@ -2,8 +2,8 @@
 
 The public functions below check their arguments, then call an op. An op has one body that asks the backends in order
 (`native` C++, `triton`, `cuda`, `reference` torch) and runs the first that can serve the call; `explain` tells which
-one and why, `MUSUBI_KERNELS=auto|reference|native|triton|cuda` pins one. What autograd keeps of a weight is its FP8 bytes
-and scales, never the dequantised matrix. The package knows torch and nothing of diffusion models.
+one and why, `MUSUBI_KERNELS=auto|reference|native|triton|cuda` pins one. What autograd keeps of a weight is its FP8
+bytes and scales, never the dequantised matrix. The package knows torch and nothing of diffusion models.
 """
 
 from musubi_kernels._backends import backends
