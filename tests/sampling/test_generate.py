@@ -225,6 +225,13 @@ def test_the_same_seed_again_overwrites_nothing_and_gives_the_same(world, monkey
     assert torch.equal(load_file(first)["latent"], load_file(second)["latent"])
 
 
+def test_of_several_processes_one_works(world, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(FileNotFoundError):
+        world("--prompt", "x")
+    assert world.family.loaded == ()
+
+
 def test_no_metadata_leaves_the_prompt_out(world):
     (path,) = world("--prompt", "secret words", "--seed", "1", "--video_length", "1", "--no_metadata")
     assert b"secret" not in path.read_bytes()

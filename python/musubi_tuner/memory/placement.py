@@ -37,7 +37,10 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def release(device: torch.device) -> None:
-    """Give memory back to the device, after the last reference to it is gone."""
-    gc.collect()
+    """Give freed memory back to the device, after the last reference to it is gone.
+
+    The CPU's is free with the reference; a CUDA device keeps a cache, which is emptied here.
+    """
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()

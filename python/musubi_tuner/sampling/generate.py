@@ -6,6 +6,7 @@ transformer, VAE. Latents that are asked for are written the moment they exist.
 """
 
 import logging
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,12 @@ GROUPS: tuple[type, ...] = (ModelOptions, LoraOptions, PromptOptions, SolverOpti
 
 
 def run(family: Family, options: Resolved) -> None:
-    """Generate what `options` ask for. Raises UserError for what the user can mend, before long work where possible."""
+    """Generate what `options` ask for. Raises UserError for what the user can mend, before long work where possible.
+
+    Of several processes of a launch the first does the work.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     if options[OutputOptions].latent_path:
         decode_files(family, options)
         return

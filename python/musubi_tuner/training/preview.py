@@ -163,8 +163,7 @@ class Previews(Quiet):
             log.warning("the preview at %s was left out: %s", when, fault)
         finally:
             self._encoded.vae.to(torch.device("cpu"))
-            if self._sampler.device.type == "cuda":
-                release(self._sampler.device)
+            release(self._sampler.device)
 
     def _decoded(self, found: Sequence[tuple[Request, Tensor]]) -> list[tuple[Request, Tensor]]:
         """(request, pixels [3, F, H, W] in [-1, 1])."""
