@@ -21,7 +21,7 @@ from musubi_tuner.data.batches import Batch
 from musubi_tuner.families import registry
 from musubi_tuner.nn.checkpointing import checkpointed
 from musubi_tuner.nn.runner import Run, direct
-from musubi_tuner.optim.build import build_optimizer
+from musubi_tuner.optim.build import build_optimizer, evaluating, sets_its_own_rate
 from musubi_tuner.optim.schedules import Schedule, curve
 from musubi_tuner.training.events import Quiet, StepRecord
 from musubi_tuner.training.loop import Plan, train
@@ -44,6 +44,8 @@ RUNS = {
     "B_fp8": (1, 64, 1.0),
     "A_fp8_block32": (0, 32, 1.0),
     "A_clip025": (0, 0, 0.25),
+    "A_loraplus": (0, 0, 1.0),
+    "A_schedulefree": (0, 0, 1.0),
 }
 
 
@@ -109,9 +111,11 @@ def adapted(base: Path, tensors: dict[str, Tensor], block_size: int = 0) -> tupl
     return dit.train(), adapters
 
 
-def step_of(dit, adapters, tensors, *, offset: float, max_norm: float, run: Run = direct) -> Step:
+def step_of(
+    dit, adapters, tensors, *, offset: float, max_norm: float, run: Run = direct, kind="AdamW", ratio=None
+) -> Step:
     arguments = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-    optimizer = build_optimizer("AdamW", adapters.parameter_groups(1e-3), arguments, rate=1e-3)
+    optimizer = build_optimizer(kind, adapters.parameter_groups(1e-3, ratio), arguments, rate=1e-3)
     return Step(
         predict=predictor(FAMILY, dit, run),
         parameters=adapters.parameters(),
@@ -130,10 +134,14 @@ def results(data, base):
     for name, (offset, block_size, max_norm) in RUNS.items():
         dit, adapters = adapted(base, tensors, block_size)
         history = History(adapters)
-        step = step_of(dit, adapters, tensors, offset=offset, max_norm=max_norm)
+        kind = "schedulefree.AdamWScheduleFree" if name == "A_schedulefree" else "AdamW"
+        ratio = 4.0 if name == "A_loraplus" else None
+        step = step_of(dit, adapters, tensors, offset=offset, max_norm=max_norm, kind=kind, ratio=ratio)
         rate = Schedule(curve("constant", steps=STEPS, rate=1e-3))
-        train(step, Recorded(tensors), Plan(STEPS), rate=rate, observers=[history])
-        found[name] = (history, adapters.state_dict())
+        own = sets_its_own_rate(step.optimizer)
+        train(step, Recorded(tensors), Plan(STEPS), rate=None if own else rate, observers=[history])
+        with evaluating(step.optimizer):
+            found[name] = (history, adapters.state_dict())
     return found
 
 

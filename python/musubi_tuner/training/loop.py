@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.optim.build import set_training
 from musubi_tuner.training.events import EpochRecord, Observer, State, StepRecord
 from musubi_tuner.training.step import Step
 
@@ -60,6 +61,7 @@ def train(
     if len(source) == 0:
         raise UserError("the data set has no batch to train on: check the folders and captions it names")
     recent: deque[float] = deque(maxlen=plan.steps_per_epoch(len(source)))
+    set_training(step.optimizer, True)
     for observer in observers:
         observer.start(state)
     while state.step < plan.max_steps:

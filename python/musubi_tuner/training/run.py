@@ -162,7 +162,7 @@ def predictor(family: Family, dit: Dit, blocks: Run = direct) -> Predict:
 
 
 def _observers(of: Setting, step: Step, trainable: Trainable, plan: Plan, source: CachedBatches) -> list[Observer]:
-    """Tracker, saver and progress bar."""
+    """Saver, tracker and progress bar; what is saved first is safe."""
     save = of.options[SaveOptions]
     facts = metadata.Facts(
         steps=plan.max_steps,
@@ -179,13 +179,13 @@ def _observers(of: Setting, step: Step, trainable: Trainable, plan: Plan, source
     every = save.save_every_n_epochs, save.save_every_n_steps
     saver = Saver(of.names, trainable.write, record, step.optimizer, *every)
     board = open_tracker(of.options) if of.runtime.rank == 0 else None
-    return [*([board] if board else []), saver, ProgressBar(plan.max_steps)]
+    return [saver, *([board] if board else []), ProgressBar(plan.max_steps)]
 
 
 def _with_previews(
     of: Setting, observers: list[Observer], prompts: preview.Encoded, dit: Dit, step: Step
 ) -> list[Observer]:
-    """Previews come first, so that they are on disk before the tracker closes."""
+    """Previews come after the saver and before the tracker closes."""
     show = next((o.show for o in observers if isinstance(o, TensorBoard)), show_nowhere)
     previews = preview.Previews(
         of.family,
@@ -197,4 +197,4 @@ def _with_previews(
         names=of.names,
         optimizer=step.optimizer,
     )
-    return [previews, *observers]
+    return [observers[0], previews, *observers[1:]]
