@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from tiny_models import TINY, header_of, tiny_dit
 
 from musubi_tuner.adapters.attach import attach
 from musubi_tuner.config.errors import UserError
@@ -15,6 +14,7 @@ from musubi_tuner.families.base import Family
 from musubi_tuner.flow import keyed
 from musubi_tuner.nn.checkpointing import checkpointed
 from musubi_tuner.nn.runner import direct
+from tiny_models import TINY, header_of, tiny_dit
 
 COMMANDS = ("cache_latents", "cache_text", "train", "generate")
 
@@ -41,7 +41,7 @@ def test_there_are_families():
 
 
 def test_an_unknown_family_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match="family 'wam' is not known: use one of .*wan"):
+    with pytest.raises(UserError, match=r"family 'wam' is not known: use one of .*wan"):
         registry.get("wam")
 
 

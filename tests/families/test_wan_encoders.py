@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from golden_data import TOLERANCE, distance, golden, manifest
 from safetensors.torch import save_file
 
+from golden_data import TOLERANCE, distance, golden, manifest
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families import registry
 from musubi_tuner.families.base import Item
@@ -45,6 +45,12 @@ def test_decoded_pixels_are_clamped(loaded_vae, vae_case):
     pixels = loaded_vae.decode(vae_case.inputs["latents"])
     assert distance(pixels, vae_case.outputs["pixels_clamped"]) < TOLERANCE
     assert pixels.abs().max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(6, 16, 16), (5, 20, 16), (1, 16, 12)])
+def test_sizes_that_the_network_would_cut_are_refused(loaded_vae, shape):
+    with pytest.raises(ValueError, match=r"the VAE takes 1 \+ 4 k frames, height and width in multiples of 8"):
+        loaded_vae.encode(torch.zeros(1, 3, *shape))
 
 
 def test_the_pth_file_loads_like_the_safetensors_file(vae_case, loaded_vae, tmp_path):
@@ -126,6 +132,26 @@ def test_hidden_states_equal_the_fixture(umt5_file):
     assert distance(hidden[mask], case.outputs["hidden"][mask]) < TOLERANCE
 
 
+def test_a_repackaged_file_in_transformers_names_is_read(umt5_file, tmp_path):
+    """Such files hold the embedding under two names, or the tokenizer beside the weights."""
+    renamed = {keys.text_key(key): tensor for key, tensor in golden("wan_umt5_a").weights.items()}
+    more = {"encoder.embed_tokens.weight": renamed["shared.weight"].clone(), "spiece_model": torch.zeros(9).byte()}
+    save_file(renamed | more, tmp_path / "umt5.safetensors")
+    a = FAMILY.encode_condition([Item("w5 w6")], load_umt5(umt5_file))
+    b = FAMILY.encode_condition(
+        [Item("w5 w6")], load_umt5_with_tokenizer(tmp_path / "umt5.safetensors", umt5_file.parent / "tokenizer")
+    )
+    assert torch.equal(a[0]["text"], b[0]["text"])
+
+
+def test_long_captions_are_cut_with_their_end_token_kept(umt5_file):
+    encoder = load_umt5(umt5_file)
+    encoder.max_length = 5
+    cut, same = encoder.encode(["w3 w4 w5 w6 w7 w8 w9", "w3 w4 w5 w6"])
+    assert cut.shape[0] == 5
+    assert torch.equal(cut, same)
+
+
 def test_features_are_cut_to_the_caption_and_do_not_depend_on_the_batch(umt5_file):
     encoder = load_umt5(umt5_file)
     together = FAMILY.encode_condition([Item("w5 w6 w7"), Item("w9"), Item("")], encoder)
@@ -143,18 +169,38 @@ def test_the_encoder_runs_in_fp8(umt5_file):
     encoder = load_umt5(umt5_file, fp8=True)
     kinds = {name: p.dtype for name, p in encoder.model.state_dict().items()}
     assert kinds["encoder.block.0.layer.0.SelfAttention.q.weight"] == torch.float8_e4m3fn
-    assert kinds["encoder.block.0.layer.1.DenseReluDense.wo.weight"] == torch.float32
+    assert kinds["encoder.block.0.layer.1.DenseReluDense.wo.weight"] == torch.float8_e4m3fn
+    assert kinds["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] == torch.float32
+    assert kinds["shared.weight"] == torch.float32
     assert 1e-4 < distance(FAMILY.encode_condition([Item("w5 w6 w7")], encoder)[0]["text"], full) < 0.2
 
 
 def test_wrong_and_missing_files_are_named(umt5_file, vae_file, tmp_path):
-    with pytest.raises(UserError, match="is not umt5 in its original layout"):
+    with pytest.raises(UserError, match=r"is not umt5: it has no token_embedding.weight"):
         load_umt5_with_tokenizer(vae_file, umt5_file.parent / "tokenizer")
+    with pytest.raises(UserError, match=r"no tokenizer for .*put tokenizer.json or spiece.model of google/umt5-xxl in"):
+        load_umt5(copied(umt5_file, tmp_path))
+    with pytest.raises(UserError, match=r"has 50 tokens and .* knows 40: they do not belong together"):
+        load_umt5_with_tokenizer(with_vocabulary(40, tmp_path), umt5_file.parent / "tokenizer")
     with pytest.raises(UserError, match="is not a Wan VAE"):
         FAMILY.load_vae(str(umt5_file), device=CPU, dtype=torch.float32)
-    with pytest.raises(UserError, match=r"no umt5 tokenizer in .*nowhere.*nothing is downloaded"):
+    with pytest.raises(UserError, match=r"--t5_tokenizer .*nowhere: there is no tokenizer.json or spiece.model in it"):
         load_umt5_with_tokenizer(umt5_file, tmp_path / "nowhere")
     assert FAMILY.load_encoders(None, device=CPU, dtype=torch.float32) is None
+
+
+def copied(file, folder):
+    """The encoder's file alone, without the tokenizer beside it."""
+    (folder / "alone.safetensors").write_bytes(file.read_bytes())
+    return folder / "alone.safetensors"
+
+
+def with_vocabulary(size, folder):
+    """The fixture's encoder with fewer rows in its embedding."""
+    weights = golden("wan_umt5_a").weights
+    small = weights["token_embedding.weight"][:size].clone()
+    save_file(weights | {"token_embedding.weight": small}, folder / "small.safetensors")
+    return folder / "small.safetensors"
 
 
 def load_umt5_with_tokenizer(path, folder):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_data import TOLERANCE, distance, golden, manifest
 from safetensors.torch import save_file
 
+from golden_data import TOLERANCE, distance, golden, manifest
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families import registry
 from musubi_tuner.families.wan.model import WanConfig, WanModel
@@ -151,6 +151,15 @@ def to_diffusers(key: str) -> str:
     ):
         key = key.replace(old, new)
     return key
+
+
+def test_a_file_in_diffusers_names_is_read(model):
+    keys = list(model.state_dict())
+    renamed = [to_diffusers(key) for key in keys]
+    assert [FAMILY.rename_dit_key(key) for key in renamed] == keys
+    shapes = {to_diffusers(key): shape for key, shape in manifest("wan2_1_t2v_1_3b").items()}
+    config = FAMILY.build_dit(header_of(shapes)).config
+    assert (config.dim, config.ffn_dim, config.num_heads, config.num_layers) == (1536, 8960, 12, 30)
 
 
 def header_of(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> Header:

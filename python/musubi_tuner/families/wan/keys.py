@@ -1,17 +1,38 @@
 """Key rules of Wan files: transformer, VAE and text encoder in their original layouts.
 
-The transformer's modules carry the checkpoint's own names, so only wrapper prefixes go. The VAE and umt5 are
-diffusers' and transformers' classes; each rule below reads an original key and gives the class's, and
-`original_vae_key` goes back.
+The transformer's modules carry the checkpoint's own names, so only wrapper prefixes go; files in diffusers' names are
+read too, as no key of one layout is a key of the other. The VAE and umt5 are diffusers' and transformers' classes; each
+rule below reads an original key and gives the class's, and `original_vae_key` goes back.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Final
 
-from musubi_tuner.weights.keys import WRAPPERS, Rules, without_prefix
+from musubi_tuner.weights.keys import WRAPPERS, Rename, Rules, chain, without_prefix
 
-rename_dit_key = without_prefix(*WRAPPERS)
+_FROM_DIFFUSERS: Final = Rules(
+    (
+        (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+        (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+        (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+        (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+        (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+        (r"^scale_shift_table$", "head.modulation"),
+        (r"^proj_out\.", "head.head."),
+        (r"^(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
+        (r"^(blocks\.\d+)\.norm2\.", r"\1.norm3."),  # the one before cross attention; diffusers counts by place
+        (r"^(blocks\.\d+)\.attn1\.", r"\1.self_attn."),
+        (r"^(blocks\.\d+)\.attn2\.", r"\1.cross_attn."),
+        (r"_attn\.to_([qkv])\.", r"_attn.\1."),
+        (r"_attn\.to_out\.0\.", "_attn.o."),
+        (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+        (r"\.ffn\.net\.2\.", ".ffn.2."),
+    )
+)
+
+rename_dit_key: Rename = chain(without_prefix(*WRAPPERS), _FROM_DIFFUSERS)
+"""Module path of a transformer's key in either layout, with or without a wrapper's prefix."""
 
 _RESNET: Final = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"} | {
     "shortcut": "conv_shortcut"
@@ -72,21 +93,25 @@ def _replace_tail(rest: str, table: Mapping[str, str]) -> str:
     return rest
 
 
-text_key: Final = Rules(
+_FROM_ORIGINAL_TEXT: Final = Rules(
     (
-        (r"encoder\.", ""),
-        (r"^token_embedding\.", "shared."),
-        (r"^norm\.", "encoder.final_layer_norm."),
-        (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
-        (
-            r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
-            r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias.",
-        ),
-        (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
-        (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
-        (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
-        (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
-        (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+        (r"^(?:encoder\.)*token_embedding\.", "shared."),
+        (r"^(?:encoder\.)*norm\.", "encoder.final_layer_norm."),
+        (r"^(?:encoder\.)*blocks\.", "encoder.block."),
+        (r"(block\.\d+)\.attn\.", r"\1.layer.0.SelfAttention."),
+        (r"(block\.\d+)\.pos_embedding\.embedding\.", r"\1.layer.0.SelfAttention.relative_attention_bias."),
+        (r"(block\.\d+)\.norm1\.", r"\1.layer.0.layer_norm."),
+        (r"(block\.\d+)\.norm2\.", r"\1.layer.1.layer_norm."),
+        (r"(block\.\d+)\.ffn\.gate\.0\.", r"\1.layer.1.DenseReluDense.wi_0."),
+        (r"(block\.\d+)\.ffn\.fc1\.", r"\1.layer.1.DenseReluDense.wi_1."),
+        (r"(block\.\d+)\.ffn\.fc2\.", r"\1.layer.1.DenseReluDense.wo."),
     )
 )
-"""Original umt5 key -> key of transformers' UMT5EncoderModel."""
+
+
+def text_key(key: str) -> str | None:
+    """The key of transformers' UMT5EncoderModel for a key of the original file or of a repackaged one.
+
+    None for what repackaged files hold twice or beside: the encoder's copy of the embedding, the tokenizer.
+    """
+    return None if key in ("encoder.embed_tokens.weight", "spiece_model") else _FROM_ORIGINAL_TEXT(key)

@@ -1,11 +1,13 @@
 """umt5, Wan's text encoder: transformers' class, fed from the original file, with a tokenizer from a local folder.
 
 A caption is cleaned (HTML entities, white space), cut to the encoder's length, encoded with its padding masked, and
-its features are cut to the caption's own length.
+its features are cut to the caption's own length. (The model's own pipeline also mends mis-decoded text with `ftfy`;
+captions are expected to be proper UTF-8.)
 """
 
 import dataclasses
 import html
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import Fp8Targets
 from musubi_tuner.families.wan.config import named_fields
 from musubi_tuner.families.wan.keys import text_key
+from musubi_tuner.nn.text.tokenizers import find_folder, load_t5_tokenizer
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import Header, open_checkpoint
 
-# transformers casts the feed-forward's activations to the dtype of its last weight, so that one stays as it is
-_FP8_TARGETS = Fp8Targets(include=("SelfAttention", "DenseReluDense.wi_"), exclude=("relative_attention_bias",))
-_TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", "umt5-xxl", ".")
-_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+log = logging.getLogger(__name__)
+
+_FP8_TARGETS = Fp8Targets(include=("SelfAttention.", "DenseReluDense."), exclude=("relative_attention_bias",))
+_REPOSITORY = "google/umt5-xxl"
+_TOKENIZER_FOLDERS = (_REPOSITORY, "umt5-xxl", "tokenizer", ".")
 
 
 @dataclass(frozen=True)
@@ -81,79 +86,87 @@ def load_text_encoder(
     path: str, tokenizer: str | None, *, fp8: bool, device: torch.device, dtype: torch.dtype
 ) -> WanTextEncoder:
     """The encoder of the original file with its tokenizer. Raises UserError naming the file at fault."""
-    folder = find_tokenizer(Path(path), tokenizer)
     with open_checkpoint(path) as checkpoint:
         config = text_config(checkpoint.header)
+        folder = find_folder(tokenizer, "t5_tokenizer", Path(path), _TOKENIZER_FOLDERS, _REPOSITORY)
+        words = load_t5_tokenizer(folder)
+        if len(words) > config.vocab_size:
+            raise UserError(
+                f"the tokenizer in {folder} has {len(words)} tokens and {path} knows {config.vocab_size}: "
+                "they do not belong together; name the encoder's own with --t5_tokenizer"
+            )
         with torch.device("meta"):
             model = empty_encoder(config)
         policy = WeightPolicy(dtype, Fp8Policy(_FP8_TARGETS) if fp8 else None)
-        materialize(model, checkpoint, rename=text_key, policy=policy, device=device)
-    return WanTextEncoder(model.eval(), load_tokenizer(folder), config.max_length)
+        report = materialize(model, checkpoint, rename=text_key, policy=policy, device=device)
+    log.info("%s: %s", path, report.summary())
+    return WanTextEncoder(model.eval(), words, config.max_length)
 
 
 def text_config(header: Header) -> TextConfig:
     """Sizes from the shapes; `musubi.config` in the metadata wins."""
     path = header.paths[0]
-    shapes = {key.replace("encoder.", ""): info.shape for key, info in header.tensors.items()}
-    needed = ("token_embedding.weight", "blocks.0.attn.q.weight", "blocks.0.ffn.fc1.weight")
-    missing = [key for key in (*needed, "blocks.0.pos_embedding.embedding.weight") if key not in shapes]
+    shapes = {text_key(key): info.shape for key, info in header.tensors.items()}
+    layer = "encoder.block.0.layer"
+    needed = {
+        "token_embedding.weight": "shared.weight",
+        "blocks.0.attn.q.weight": f"{layer}.0.SelfAttention.q.weight",
+        "blocks.0.ffn.fc1.weight": f"{layer}.1.DenseReluDense.wi_1.weight",
+        "blocks.0.pos_embedding.embedding.weight": f"{layer}.0.SelfAttention.relative_attention_bias.weight",
+    }
+    missing = [original for original, key in needed.items() if key not in shapes]
     if missing:
         raise UserError(
-            f"{path} is not umt5 in its original layout: it has no {missing[0]}; give "
-            "models_t5_umt5-xxl-enc-bf16.pth of the Wan repository (or its safetensors form)"
+            f"{path} is not umt5: it has no {missing[0]}; give models_t5_umt5-xxl-enc-bf16.pth of the Wan "
+            "repository or umt5_xxl_fp16.safetensors"
         )
-    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+    (vocab_size, dim), (dim_attn, _), (dim_ffn, _), (buckets, heads) = (shapes[key] for key in needed.values())
     config = TextConfig(
-        vocab_size=shapes["token_embedding.weight"][0],
-        dim=shapes["token_embedding.weight"][1],
-        dim_attn=shapes["blocks.0.attn.q.weight"][0],
-        dim_ffn=shapes["blocks.0.ffn.fc1.weight"][0],
+        vocab_size=vocab_size,
+        dim=dim,
+        dim_attn=dim_attn,
+        dim_ffn=dim_ffn,
         num_heads=heads,
-        encoder_layers=len({key.split(".")[1] for key in shapes if key.startswith("blocks.")}),
+        encoder_layers=len({key.split(".")[2] for key in shapes if key and key.startswith("encoder.block.")}),
         num_buckets=buckets,
     )
     named = named_fields(TextConfig, header.metadata.get("musubi.config"), f"{path}, musubi.config")
     return dataclasses.replace(config, **named)
 
 
+class GatedFeedForward(nn.Module):
+    """y = wo(gelu(wi_0 x) * wi_1 x) with the tanh form of gelu, under transformers' names.
+
+    transformers' own casts activations to the dtype of `wo`, which an FP8 layer in that slot does not survive.
+    """
+
+    def __init__(self, dim: int, dim_ffn: int) -> None:
+        super().__init__()
+        self.wi_0, self.wi_1 = nn.Linear(dim, dim_ffn, bias=False), nn.Linear(dim, dim_ffn, bias=False)
+        self.wo = nn.Linear(dim_ffn, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+
+
 def empty_encoder(config: TextConfig) -> nn.Module:
     """transformers' umt5 encoder of these sizes; initialised on the current default device."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=config.vocab_size,
-            d_model=config.dim,
-            d_kv=config.dim_attn // config.num_heads,
-            d_ff=config.dim_ffn,
-            num_layers=config.encoder_layers,
-            num_heads=config.num_heads,
-            relative_attention_num_buckets=config.num_buckets,
-            relative_attention_max_distance=config.max_distance,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-            tie_word_embeddings=True,
-        )
+    sizes = UMT5Config(
+        vocab_size=config.vocab_size,
+        d_model=config.dim,
+        d_kv=config.dim_attn // config.num_heads,
+        d_ff=config.dim_ffn,
+        num_layers=config.encoder_layers,
+        num_heads=config.num_heads,
+        relative_attention_num_buckets=config.num_buckets,
+        relative_attention_max_distance=config.max_distance,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=True,
     )
-
-
-def find_tokenizer(checkpoint: Path, given: str | None) -> Path:
-    """The tokenizer's folder: the given one, or one beside the checkpoint. UserError says what to put where."""
-    tried = [Path(given)] if given else [checkpoint.parent / name for name in _TOKENIZER_FOLDERS]
-    for folder in tried:
-        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            return folder
-    raise UserError(
-        f"no umt5 tokenizer in {' or '.join(str(folder) for folder in tried)}: put {' and '.join(_TOKENIZER_FILES)} "
-        "of google/umt5-xxl into a folder and name it with --t5_tokenizer; nothing is downloaded"
-    )
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local folder."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    model: Any = UMT5EncoderModel(sizes)
+    for block in model.encoder.block:
+        block.layer[1].DenseReluDense = GatedFeedForward(config.dim, config.dim_ffn)
+    return model

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.wan.config import named_fields
 from musubi_tuner.families.wan.keys import original_vae_key, vae_key
-from musubi_tuner.families.wan.spec import LATENT_MEAN, LATENT_STD
+from musubi_tuner.families.wan.spec import LATENT_MEAN, LATENT_STD, SPEC
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
@@ -50,7 +50,13 @@ class WanVae:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Normalised posterior mean, in the VAE's dtype."""
+        """Normalised posterior mean, in the VAE's dtype. Raises ValueError for a size that the network would cut."""
+        grid, (frames, height, width) = SPEC.latents, pixels.shape[2:]
+        if (frames - 1) % grid.temporal or height % grid.spatial or width % grid.spatial:
+            raise ValueError(
+                f"clip of {frames} frames, {height} x {width} pixels (height x width): the VAE takes 1 + "
+                f"{grid.temporal} k frames, height and width in multiples of {grid.spatial}"
+            )
         weight = next(self.model.parameters())
         mean = self.model.encode(pixels.to(weight.device, weight.dtype)).latent_dist.mode()
         return ((mean.float() - self.mean) / self.std).to(weight.dtype)
