@@ -56,7 +56,7 @@ def world(tmp_path, toy):
     family = Loaded()
 
     def run(*words, dit=True, vae=True):
-        argv = ["--save_path", str(tmp_path / "out")]
+        argv = ["--save_path", str(tmp_path / "out"), "--device", "cpu"]
         argv += ["--dit", str(tmp_path / "dit.safetensors")] if dit else []
         argv += ["--vae", str(tmp_path / "vae.safetensors")] if vae else []
         argv += map(str, words)

@@ -63,7 +63,7 @@ def run(models, tmp_path):
 
     def command(*words, folder="out"):
         argv = ["--save_path", str(tmp_path / folder), "--task", "t2v-1.3B", "--video_size", "32", "48"]
-        argv += ["--infer_steps", "3", "--seed", "5"]
+        argv += ["--infer_steps", "3", "--seed", "5", "--device", "cpu"]
         for name in ("dit", "vae", "t5"):
             argv += [f"--{name}", str(models / f"{name}.safetensors")]
         generate.run(family, parse(groups, [*argv, *map(str, words)], prog="generate", description=""))

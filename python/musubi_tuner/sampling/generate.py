@@ -60,6 +60,8 @@ def run(family: Family, options: Resolved) -> None:
     writer = Writer.checked(family, options)
     own = family.option_groups("generate")
     prompts = encode_prompts(family, options[own[0]] if own else None, requests, device=device, dtype=torch.bfloat16)
+    for request in requests:
+        log.info("%s", request.summary())
     started = time.monotonic()
     sampler = Sampler(family, opened.load(policy, device), device, joint=options[SolverOptions].cfg_batch)
     samples = _sample(sampler, requests, prompts, writer, batch=options[SolverOptions].sample_batch_size)
@@ -129,7 +131,7 @@ def _common_values(family: Family, options: Resolved) -> dict[str, Any]:
     task, chosen, solver = task_defaults(family.spec, options), options[PromptOptions], options[SolverOptions]
     height, width = chosen.video_size or (task.size[1], task.size[0])
     return {
-        "negative": chosen.negative_prompt,
+        "negative": chosen.negative_prompt or "",
         "height": height,
         "width": width,
         "frames": _or(chosen.video_length, task.frames),

@@ -59,7 +59,7 @@ class PromptOptions:
     """What to sample"""
 
     prompt: str | None = option(None, help="text to sample from")
-    negative_prompt: str = option("", help="text to lead away from, where guidance is on")
+    negative_prompt: str | None = option(None, help="text to lead away from, where guidance is on; empty if not given")
     from_file: str | None = option(
         None, help="prompt file: one prompt per line with its own --w --h --f --d --s --l --fs --n", metavar="FILE"
     )

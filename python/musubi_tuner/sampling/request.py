@@ -55,6 +55,12 @@ class Request:
         """True when a second branch, with the negative prompt, is needed."""
         return self.guidance != 1.0
 
+    def summary(self) -> str:
+        """One line for the log."""
+        size = f"{self.width} x {self.height}" + (f" x {self.frames} frames" if self.frames > 1 else "")
+        solving = f"{self.solver}, {self.steps} steps, guidance {self.guidance:g}, shift {self.shift:g}"
+        return f"seed {self.seed}, {size}, {solving}: {self.prompt[:80]}"
+
     def item(self, caption: str) -> Item:
         """The request as an item without a target, for the family's encode calls."""
         return Item(caption, frames=self.frames, height=self.height, width=self.width)
