@@ -202,3 +202,27 @@ def test_sources_that_cannot_be_trained_on_are_told():
 
     with pytest.raises(RuntimeError, match="promised 9 batches an epoch and gave 2"):
         train(step_of(Toy(24)), Short(items_of(4), 2), Plan(5))
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_step_out(caplog):
+    """The weights stay as they are; the run ends when it never recovers."""
+    model = Toy(24)
+    before = weights(model)
+
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("nan")
+
+    step = step_of(model, predict=lambda x_t, t, cond: Poison.apply(model(x_t, t, cond)))
+    source = MemorySource(items_of(4), 4)
+    train(step, source, Plan(3))
+    assert torch.equal(weights(model), before)
+    assert caplog.text.count("this step is left out") == 3
+    with pytest.raises(UserError, match="20 steps in turn"):
+        train(step, source, Plan(30))
+    assert torch.equal(weights(model), before)

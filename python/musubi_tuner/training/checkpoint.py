@@ -118,6 +118,6 @@ def output_folder(path: str) -> Path:
 def output_name(name: str) -> str:
     """The base name, which must be a plain file name. Raises UserError."""
     plain = name.removesuffix(".safetensors")
-    if not plain or Path(plain).name != plain:
+    if not plain or Path(plain).name != plain or plain == "..":
         raise UserError(f"output_name = {name!r}: use a plain file name; the folder is --output_dir")
     return plain

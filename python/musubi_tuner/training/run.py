@@ -82,6 +82,7 @@ def run(family: Family, options: Resolved) -> None:
     log.info("%d steps, precision %s, on %s", plan.max_steps, runtime.precision, runtime.device)
     dit.train()
     train(step, source, plan, rate=rate, observers=observers if runtime.rank == 0 else ())
+    runtime.close()
 
 
 def _checked(family: Family, options: Resolved) -> Setting:

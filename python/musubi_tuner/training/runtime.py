@@ -10,6 +10,7 @@ clipping. A LoRA's gradients are small, and a family's `predict` may then look a
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -23,6 +24,11 @@ from torch import Tensor, nn
 from musubi_tuner.config.errors import UserError
 
 _DTYPES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+MOST_SKIPPED = 20
+"""Steps in turn that may be left out for gradients that are not finite; after these the run is beyond help."""
+
+log = logging.getLogger(__name__)
 
 
 class Runtime(Protocol):
@@ -43,8 +49,8 @@ class Runtime(Protocol):
         ...
 
     def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-        """Average the gradients over processes, clip them to the joint L2 norm `max_norm` (0: no clipping), step,
-        and clear them. Returns the norm before clipping."""
+        """Average the gradients over processes, clip them to the joint L2 norm `max_norm` (0: no clipping), step
+        (unless the norm is not finite), and clear them. Returns the norm before clipping."""
         ...
 
     def average(self, value: float) -> float:
@@ -64,6 +70,7 @@ class LocalRuntime:
             raise UserError(f"mixed_precision = {precision!r}: use no, fp16 or bf16")
         if precision == "fp16" and self.device.type != "cuda":
             raise UserError(f"mixed_precision = fp16 needs a CUDA device, this is {self.device}: use bf16 or no")
+        self._skipped = 0
         self._scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
 
     @property
@@ -84,14 +91,25 @@ class LocalRuntime:
             average_gradients(parameters, self.world)
         if self._scaler is not None:
             self._scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)
-        if self._scaler is None:
-            optimizer.step()
-        else:
+        norm = float(nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))
+        if self._scaler is not None:
             self._scaler.step(optimizer)
             self._scaler.update()
+        elif self._usable(norm):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
+
+    def _usable(self, norm: float) -> bool:
+        """Whether to make the step: not with gradients that are not finite, and not many times in turn."""
+        if math.isfinite(norm):
+            self._skipped = 0
+            return True
+        self._skipped += 1
+        if self._skipped == MOST_SKIPPED:
+            raise UserError(f"the gradient norm was not finite for {MOST_SKIPPED} steps in turn: lower --learning_rate")
+        log.warning("the gradient norm is %s: this step is left out", norm)
+        return False
 
     def agree(self, value: int) -> int:
         """The first process's `value`, on every process."""
@@ -100,6 +118,11 @@ class LocalRuntime:
         shared = torch.tensor(value, dtype=torch.int64, device=self.device)
         dist.broadcast(shared, 0)
         return int(shared)
+
+    def close(self) -> None:
+        """Leave the process group, at the end of a run."""
+        if self.world > 1:
+            dist.destroy_process_group()
 
     def average(self, value: float) -> float:
         if self.world == 1:
@@ -132,10 +155,20 @@ def launched(mixed_precision: str | None = None) -> LocalRuntime:
     from accelerate import PartialState
 
     for variable, kind in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
-        if os.environ.get(variable, "").lower() in ("true", "1"):
+        if _flag(variable):
             raise UserError(f"the launcher asks for {kind}: use a plain launch (`accelerate launch --num_processes N`)")
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     if precision == "fp8":
         raise UserError("the launcher asks for mixed_precision = fp8: use bf16, and --fp8_base for FP8 weights")
-    state = PartialState()
+    state = PartialState(cpu=_flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != wanted:
+        raise UserError(f"the launcher started {wanted} processes, but they do not know of each other: {_ON_CPUS}")
     return LocalRuntime(state.device, precision, rank=state.process_index, world=state.num_processes)
+
+
+_ON_CPUS = "on CPUs, use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`, or torchrun"
+
+
+def _flag(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("true", "1", "yes")
