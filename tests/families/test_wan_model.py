@@ -1,5 +1,6 @@
 """Wan's transformer against fixtures, published manifests and diffusers' implementation."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from musubi_tuner.families import registry
 from musubi_tuner.families.wan.model import WanConfig, WanModel
 from musubi_tuner.nn.checkpointing import checkpointed
 from musubi_tuner.nn.runner import direct
+from musubi_tuner.weights.load import materialize
+from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import Header, TensorInfo, open_checkpoint
 
 FAMILY = registry.get("wan")
@@ -106,6 +109,44 @@ def test_bf16_weights_give_bf16_activations_and_a_close_result(model, case):
     v = half(case.inputs["x"], case.inputs["t"], case.inputs["context"])
     assert v.dtype == torch.float32, "the result has x's dtype"
     assert 1e-4 < distance(v, case.outputs["sample"]) < 2e-2
+
+
+def test_autocast_halves_the_blocks_and_leaves_time_and_head_in_float32(case, model):
+    kinds = {}
+    dit = copy.deepcopy(model)
+    for name in ("patch_embedding", "blocks.0", "blocks.1.ffn", "blocks.1.self_attn", "head"):
+        dit.get_submodule(name).register_forward_hook(lambda _m, _i, y, name=name: kinds.update({name: y.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        v = dit(case.inputs["x"], case.inputs["t"], case.inputs["context"])
+    assert kinds.pop("head") == torch.float32
+    assert len(kinds) == 4
+    assert set(kinds.values()) == {torch.bfloat16}
+    assert v.dtype == torch.float32
+    assert 1e-4 < distance(v, case.outputs["sample"]) < 2e-2
+
+
+def test_the_time_vector_does_not_know_the_weights_precision(model, case):
+    """With weights that bf16 holds exactly, time vectors of both precisions agree to float32, at late times too."""
+    half, full = WanModel(model.config), WanModel(model.config)
+    half.load_state_dict(model.state_dict())
+    full.load_state_dict(half.to(torch.bfloat16).state_dict())
+    t = torch.tensor([999.123456, 17.5], dtype=torch.float64)
+    assert half.time_vector(t).dtype == torch.float32
+    assert torch.equal(half.time_vector(t), full.time_vector(t))
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_fp8_slots_are_the_spec_s_and_keep_the_result_close(model, case, tmp_path, scaled):
+    sizes = {"num_heads": 3, "text_len": 10}
+    save_file(case.weights, tmp_path / "tiny.safetensors", {"musubi.config": json.dumps(sizes)})
+    with open_checkpoint(tmp_path / "tiny.safetensors") as checkpoint:
+        dit = FAMILY.build_dit(checkpoint.header)
+        policy = WeightPolicy(None, Fp8Policy(FAMILY.spec.fp8, scaled=scaled))
+        report = materialize(dit, checkpoint, rename=FAMILY.rename_dit_key, policy=policy, progress=False)
+    assert len(report.fp8) == 2 * 10
+    v, grad = run_case(dit, case)
+    assert 1e-4 < distance(v, case.outputs["sample"]) < 0.05
+    assert 1e-4 < distance(grad, case.outputs["grad_x"]) < 0.05
 
 
 def test_diffusers_with_the_same_weights_agrees(model, case):
