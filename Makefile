@@ -74,7 +74,8 @@ docs: $(TEST)/.stamp-test
 clean:
 	rm -rf $(TEST) $(DEMO) build dist
 
-# The environments. A stamp is as new as the last install that succeeded.
+# The environments. A stamp is as new as the last install that succeeded. Byte code is left to the first import: to
+# compile all of torch and transformers takes longer than the rest of an install.
 
 define make_venv
 	@echo "== setup: $(1), from $(PYTHON) =="
@@ -86,15 +87,15 @@ endef
 # Editable: edits of Python files are seen at once; changes of the C++ sources or of the project file install again.
 $(TEST)/.stamp-test: $(INSTALLED)
 	$(call make_venv,$(TEST))
-	$(TEST)/bin/python -m pip install -q -e ".[test]" -c constraints.txt
+	$(TEST)/bin/python -m pip install -q --no-compile -e ".[test]" -c constraints.txt
 	@touch $@
 
 $(TEST)/.stamp-dev: pyproject.toml constraints.txt | $(TEST)/.stamp-test
 	@echo "== setup: linters into $(TEST) =="
-	$(TEST)/bin/python -m pip install -q -e ".[test,dev]" -c constraints.txt
+	$(TEST)/bin/python -m pip install -q --no-compile -e ".[test,dev]" -c constraints.txt
 	@touch $@
 
 $(DEMO)/.stamp: $(PACKAGED)
 	$(call make_venv,$(DEMO))
-	$(DEMO)/bin/python -m pip install -q ".[demo]" -c constraints.txt
+	$(DEMO)/bin/python -m pip install -q --no-compile ".[demo]" -c constraints.txt
 	@touch $@
