@@ -1,7 +1,5 @@
 """Sizes of a Wan transformer from what a file says about itself: `--model_config`, `musubi.config`, or its shapes."""
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -10,6 +8,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.wan.keys import rename_dit_key
 from musubi_tuner.families.wan.model import WanConfig
 from musubi_tuner.weights.reader import Header
+from musubi_tuner.weights.sizes import named_fields
 
 _HEAD_DIM = 128  # of every published model
 _LATENT_CHANNELS = 16
@@ -57,20 +56,3 @@ def _sizes_from_shapes(shapes: Mapping[str | None, tuple[int, ...]], path: str) 
         "text_dim": shapes["text_embedding.0.weight"][1],
         "freq_dim": shapes["time_embedding.0.weight"][1],
     }
-
-
-def named_fields(kind: type, given: str | Mapping[str, Any] | None, where: str) -> dict[str, Any]:
-    """Fields of the dataclass `kind` in a JSON object; lists become tuples. UserError names an unknown field."""
-    if given is None:
-        return {}
-    try:
-        content = json.loads(given) if isinstance(given, str) else dict(given)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{where} holds {type(content).__name__}: a JSON object of sizes is needed")
-    known = [field.name for field in dataclasses.fields(kind)]
-    unknown = sorted(set(content) - set(known))
-    if unknown:
-        raise UserError(f"{where}: {unknown[0]} is not a size of this model; use {', '.join(known)}")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.nn.attention import attention
+from musubi_tuner.nn.modulation import float_linear, gated, modulate, sinusoid
 from musubi_tuner.nn.norms import LayerNorm, RMSNorm
 from musubi_tuner.nn.rope import grid_rotations, rotate
 from musubi_tuner.nn.runner import Run, direct
@@ -199,28 +200,3 @@ class Head(nn.Module):
     def forward(self, h: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation.float() + time.unsqueeze(1)).unbind(1)
         return float_linear(self.head, modulate(self.norm(h.float()), shift, scale))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift in float32, back in x's dtype; `shift, scale: [B, D]`."""
-    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1)).to(x.dtype)
-
-
-def gated(h: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """h + y gate in float32, back in h's dtype; `gate: [B, D]`."""
-    return torch.addcmul(h, y, gate.unsqueeze(1)).to(h.dtype)
-
-
-def float_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer computed in float32 whatever its weights' dtype, also under autocast."""
-    with torch.autocast(x.device.type, enabled=False):
-        bias = None if layer.bias is None else layer.bias.float()
-        return nn.functional.linear(x.float(), layer.weight.float(), bias)
-
-
-def sinusoid(timestep: Tensor, width: int) -> Tensor:
-    """[B, width] float64: cosines, then sines, of timestep * 10000^(-i / (width/2))."""
-    half = width // 2
-    rates = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
-    angles = torch.outer(timestep.to(torch.float64), rates)
-    return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import Fp8Targets
-from musubi_tuner.families.wan.config import named_fields
 from musubi_tuner.families.wan.keys import text_key
 from musubi_tuner.nn.text.tokenizers import find_folder, load_t5_tokenizer
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import Header, open_checkpoint
+from musubi_tuner.weights.sizes import named_fields
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.families.wan.config import named_fields
 from musubi_tuner.families.wan.keys import original_vae_key, vae_key
 from musubi_tuner.families.wan.spec import LATENT_MEAN, LATENT_STD, SPEC
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
+from musubi_tuner.weights.sizes import named_fields
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,28 @@
+"""Sizes that shapes cannot tell: JSON in a checkpoint's metadata (`musubi.config`) or in a file of the user's.
+
+The names are the fields of the architecture's own dataclass; a name that is none of them is an error, not a default.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from musubi_tuner.config.errors import UserError
+
+
+def named_fields(kind: type, given: str | Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+    """Fields of the dataclass `kind` in a JSON object; lists become tuples. UserError names an unknown field."""
+    if given is None:
+        return {}
+    try:
+        content = json.loads(given) if isinstance(given, str) else dict(given)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where} holds {type(content).__name__}: a JSON object of sizes is needed")
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(set(content) - set(known))
+    if unknown:
+        raise UserError(f"{where}: {unknown[0]} is not a size of this model; use {', '.join(known)}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
