@@ -97,6 +97,7 @@ class Verdict:
     gates: tuple[Gate, ...]
     reported: tuple[tuple[str, float, float], ...] = ()
     """Name, the base's value, the LoRA's."""
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -104,7 +105,7 @@ class Verdict:
 
     def lines(self) -> list[str]:
         beside = [f"{name}: base {base:.3f}, LoRA {lora:.3f} (no gate)" for name, base, lora in self.reported]
-        return [gate.sentence() for gate in self.gates] + beside
+        return [gate.sentence() for gate in self.gates] + beside + list(self.notes)
 
 
 def distance_gates(base: Sequence[Tensor], lora: Sequence[Tensor]) -> tuple[Gate, ...]:

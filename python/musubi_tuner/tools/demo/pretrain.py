@@ -9,7 +9,7 @@ on. The shipped files are bfloat16 safetensors in Wan's original key layouts, wi
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,7 @@ def make_dit(base: Base, work: Path) -> None:
         dit = WanModel(DIT_CONFIG)
     pretrain_dit.initialize(dit, recipe.seed)
     source = shelf.DigitBatches(family, shelved, texts, recipe.seed)
-    source = shelf.DigitBatches(
-        family, shelved, texts, recipe.seed, mixed_from=pretrain_dit.mixed_epoch(recipe, len(source))
-    )
+    source = replace(source, mix=recipe.mix(len(source)))
     weights = pretrain_dit.pretrain(
         dit, lambda x_t, t, cond: family.predict(dit, x_t, t, cond), source, recipe, work / "dit_state.pt"
     )

@@ -161,9 +161,9 @@ def _draw(findings: Findings, told: report.Training, output: Path) -> dict[str, 
     names = [world.caption(int(d), world.CONCEPT) for d in shown.digits[:columns]]
     plain = findings.ordinary
     asked = [r.prompt for r in examine.ordinary_requests()[:columns]]
-    taught = [pictures.from_image(p) for p in sorted((output / "pictures").glob("*.png"))[:columns]]
+    taught = sorted((output / "pictures").glob("*.png"), key=lambda p: p.stem.rpartition("_")[::-1])[:columns]
     rows = [
-        pictures.Row("taught: 8 of the 12 pictures", taught),
+        pictures.Row("8 of the 12 pictures that were taught", [pictures.from_image(p) for p in taught]),
         pictures.Row("digits that were not taught, base model", list(shown.base[:columns])),
         pictures.Row("the same seeds with the LoRA", list(shown.lora[:columns]), names),
         pictures.Row("ordinary prompts with the LoRA", list(plain.lora[:columns]), asked),

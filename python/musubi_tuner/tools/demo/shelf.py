@@ -80,7 +80,8 @@ def all_captions() -> list[str]:
 
 @dataclass(frozen=True)
 class DigitBatches:
-    """A `BatchSource` over a shelf. Epochs from `mixed_from` on hold clips in `clip_share` of their batches."""
+    """A `BatchSource` over a shelf. `mix`: (epoch, share of its batches that hold clips), each until the next; none
+    before the first."""
 
     family: Family
     shelf: Shelf
@@ -88,8 +89,7 @@ class DigitBatches:
     seed: int
     image_batch: int = 64
     clip_batch: int = 24
-    clip_share: float = 0.12
-    mixed_from: int = 1
+    mix: tuple[tuple[int, float], ...] = ()
     empty_share: float = 0.1
 
     def __len__(self) -> int:
@@ -100,10 +100,14 @@ class DigitBatches:
         order = torch.randperm(len(self.shelf.images), generator=keyed.generator(self.seed, number, "scans"))
         for index in range(start, len(self)):
             kind = keyed.uniform((), self.seed, number, index, "kind").item()
-            if number >= self.mixed_from and kind < self.clip_share:
+            if kind < self.clip_share(number):
                 yield self._clips(number, index)
             else:
                 yield self._images(number, index, order[index * self.image_batch :][: self.image_batch].tolist())
+
+    def clip_share(self, epoch: int) -> float:
+        """Share of the batches of `epoch` that hold clips."""
+        return max(((start, share) for start, share in self.mix if start <= epoch), default=(0, 0.0))[1]
 
     def _images(self, number: int, index: int, glyphs: list[int]) -> Batch:
         colors = self.shelf.images.shape[1]
