@@ -24,6 +24,11 @@ TEST := .venv-test
 DEMO := .venv-demo
 PYTEST := $(TEST)/bin/python -m pytest
 
+# Test processes at a time, each file in one of them. Every process computes on one thread, so that they do not fight.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+SPREAD := -n $(JOBS) --dist loadfile
+test test-slow: export OMP_NUM_THREADS ?= 1
+
 COMPILED := $(wildcard CMakeLists.txt) $(shell find csrc -type f 2>/dev/null)
 INSTALLED := pyproject.toml constraints.txt $(COMPILED)
 PACKAGED := $(INSTALLED) $(shell find python kernels -type f -not -name '*.pyc')
@@ -42,11 +47,11 @@ demo: $(DEMO)/.stamp
 
 test: $(TEST)/.stamp-test
 	@echo "== test: the default tier =="
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) $(SPREAD) -m "not slow and not gpu"
 
 test-slow: $(TEST)/.stamp-test
 	@echo "== test-slow: long loops and large files =="
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) $(SPREAD) -m "slow and not gpu"
 
 test-gpu: $(TEST)/.stamp-test
 	@echo "== test-gpu: on a CUDA device =="
