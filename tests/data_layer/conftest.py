@@ -1,5 +1,6 @@
 """A family small enough to follow by hand, and folders of pictures to feed it."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ class ToyFamily:
     def option_groups(self, command: str) -> tuple[type, ...]:
         return ()
 
-    def load_vae(self, path: str, *, device: torch.device, dtype: torch.dtype) -> ToyVae:
+    def load_vae(self, path: str, *, device: torch.device, dtype: torch.dtype, options=None) -> ToyVae:
         self.vae.dtype = dtype
         return self.vae
 
@@ -101,10 +102,10 @@ class ToyFamily:
         return [{"text": torch.tensor([[float(ord(c))] for c in item.caption] or [[0.0]])} for item in items]
 
     def collate(self, entries: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
-        assert all("latents" not in entry for entry in entries)
+        assert all("latents" in entry for entry in entries)
         return {"text": [entry["text"] for entry in entries]}
 
-    def build_dit(self, header, config=None):
+    def build_dit(self, header, config=None, options=None):
         raise NotImplementedError
 
     def rename_dit_key(self, key: str):
@@ -114,9 +115,34 @@ class ToyFamily:
         raise NotImplementedError
 
 
+class ToyEdit(ToyFamily):
+    """A toy whose items may have any number of controls, cached beside the target."""
+
+    spec = dataclasses.replace(
+        SPEC,
+        cache_fields=(*SPEC.cache_fields, CacheField("control", "latents_control", "video", "latent", False, True)),
+    )
+
+    def encode_latents(self, items, vae, encoders=None):
+        entries = super().encode_latents(items, vae, encoders)
+        for [entry], item in zip(entries, items, strict=True):
+            for number, control in enumerate(item.controls):
+                entry[f"control_{number}"] = vae.encode(control[None])[0]
+        return entries
+
+    def collate(self, entries):
+        controls = [[entry[name] for name in sorted(entry) if name.startswith("control_")] for entry in entries]
+        return {**super().collate(entries), "controls": controls}
+
+
 @pytest.fixture
 def family() -> ToyFamily:
     return ToyFamily()
+
+
+@pytest.fixture
+def edit_family() -> ToyEdit:
+    return ToyEdit()
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 64), colour: int = 0, caption: str | None = "a picture") -> Path:

@@ -45,6 +45,12 @@ def test_reference_values(name):
         assert list(spec.resolution) == params["resolution"]
         assert spec.cache_directory == (Path(params["cache_directory"]) if params["cache_directory"] else None)
         assert str(spec.media) == (params[f"{spec.kind}_directory"] or params[f"{spec.kind}_jsonl_file"])
+        control = params["control_directory"]
+        assert spec.control_directory == (Path(control) if control else None)
+        if spec.kind == "image":
+            assert spec.no_resize_control == params["no_resize_control"]
+            size = params["control_resolution"]
+            assert spec.control_resolution == (tuple(size) if size else None)
         if spec.kind == "video":
             assert list(spec.target_frames) == params["target_frames"]
             for key in ("frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps"):
@@ -65,7 +71,7 @@ def test_a_whole_frame_rate_is_a_number_too():
 
 def test_older_spellings_warn_and_the_present_one_wins():
     config = parse(BY_NAME["both keys"]["toml"], Path("data.toml"))
-    assert config.datasets[0].later == ("control_resolution",)
+    assert config.datasets[0].control_resolution == (1024, 1024)
     assert config.warnings == (
         "data.toml, [[datasets]] 1: qwen_image_edit_control_resolution is now called control_resolution",
     )

@@ -7,8 +7,9 @@ import av
 import numpy as np
 import pytest
 
-from musubi_tuner.data.sources import read_pixels, scan
-from musubi_tuner.data.spec import load
+from musubi_tuner.config.errors import UserError
+from musubi_tuner.data.sources import MediaItem, clip_stem, read_pixels, scan
+from musubi_tuner.data.spec import DatasetSpec, load, parse
 from musubi_tuner.data.video import Window, kept_frames, probe, read_frames, windows
 
 ROWS = json.loads((Path(__file__).parents[1] / "data/reference/behaviour/dataset.json").read_text(encoding="utf-8"))[
@@ -37,6 +38,34 @@ def test_windows_and_frames_of_the_reference(row):
     for item in row["items"]:
         frames = kept[item["start"] : item["start"] + item["count"]]
         assert frames == (item["frames"] or list(range(item["start"], item["start"] + item["count"])))
+
+
+REFUSED = {
+    "slide": "frame_stride = 0: must be 1 or more",
+    "bogus": 'frame_extraction = "bogus": use one of head, chunk, slide, uniform, full',
+    "full": "max_frames = 0: must be 1 or more",
+    "head": "target_frames = [0]: must be 1 or more",
+}
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if "error" in row or row.get("max_frames") == 0], ids=_id)
+def test_values_that_the_established_tool_fails_on_are_faults_of_the_file(row):
+    """It stops with a ValueError, an IndexError, or goes on with a clip of -3 frames."""
+    given = {key: row[key] for key in ("frame_extraction", "target_frames", "frame_stride", "max_frames") if key in row}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in given.items()]
+    with pytest.raises(UserError) as caught:
+        parse("\n".join(['[[datasets]]\nvideo_directory = "v"', *lines]), Path("data.toml"))
+    assert REFUSED[row["frame_extraction"]] in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.get("items") and row.get("max_frames") != 0], ids=_id)
+def test_cache_names_of_clips_are_those_of_the_reference(row, tmp_path):
+    tag = row.get("architecture", "wan")
+    dataset = DatasetSpec(1, "", "video", tmp_path, cache_directory=Path())
+    for item in row["items"]:
+        stem = clip_stem(f"v{row['video_frames']}", item["start"], item["count"])
+        clip = MediaItem(dataset, tmp_path, "", (32, 32), (32, 32), stem, tuple(range(item["count"])))
+        assert str(clip.latent_path(tag)) == item["cache_file"]
 
 
 def test_an_unknown_extraction_is_refused():

@@ -147,7 +147,7 @@ class CachedBatches:
 
     def _load(self, epoch: int, index: int, members: Sequence[int]) -> Batch:
         loaded = [self._entry(self.entries[member]) for member in members]
-        latents = torch.stack([entry.pop("latents").float() for entry in loaded])
+        latents = torch.stack([entry["latents"].float() for entry in loaded])
         return Batch(latents, self.family.collate(loaded), tuple(members), epoch, index)
 
     def _entry(self, item: CachedItem) -> dict[str, Tensor]:
@@ -157,10 +157,11 @@ class CachedBatches:
     def metadata(self) -> dict[str, str]:
         """The `ss_*` entries of a LoRA file that describe the data."""
         datasets = list({entry.dataset.number: entry.dataset for entry in self.entries}.values())
+        controlled = {entry.dataset.number for entry in self.entries if entry.has_control}
         return {
             "ss_num_train_items": str(self.num_items),
             "ss_num_batches_per_epoch": str(self.total),
-            "ss_datasets": json.dumps([_described(dataset) for dataset in datasets]),
+            "ss_datasets": json.dumps([_described(d, has_control=d.number in controlled) for d in datasets]),
         }
 
 
@@ -179,7 +180,7 @@ def _groups(entries: Sequence[CachedItem]) -> tuple[Group, ...]:
     )
 
 
-def _described(dataset: DatasetSpec) -> Mapping[str, Any]:
+def _described(dataset: DatasetSpec, *, has_control: bool) -> Mapping[str, Any]:
     """A dataset in LoRA metadata: folders by their last part only."""
     shared = {
         "resolution": list(dataset.resolution),
@@ -188,7 +189,7 @@ def _described(dataset: DatasetSpec) -> Mapping[str, Any]:
         "num_repeats": dataset.num_repeats,
         "enable_bucket": dataset.enable_bucket,
         "bucket_no_upscale": dataset.bucket_no_upscale,
-        "has_control": False,
+        "has_control": has_control,
         f"{dataset.kind}_directory" if dataset.jsonl is None else f"{dataset.kind}_jsonl_file": dataset.media.name,
     }
     if dataset.kind == "image":

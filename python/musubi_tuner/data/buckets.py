@@ -92,8 +92,9 @@ def to_bucket(image: Image.Image, bucket: Size) -> NDArray[np.uint8]:
     how = fit(image.size, bucket)
     (left, top), (width, height) = how.left_top, bucket
     if how.enlarge:
-        scaled = image.resize(how.resized, Image.Resampling.LANCZOS)
-        return np.asarray(scaled.crop((left, top, left + width, top + height)))
+        x, y = (source / target for source, target in zip(image.size, how.resized, strict=True))
+        box = (left * x, top * y, (left + width) * x, (top + height) * y)
+        return np.asarray(image.resize(bucket, Image.Resampling.LANCZOS, box=box))
     pixels = np.asarray(image)
     if how.resized == image.size:
         return np.ascontiguousarray(pixels[top : top + height, left : left + width])
@@ -105,7 +106,7 @@ def area_resize(pixels: NDArray[np.uint8], resized: Size, left_top: Size, crop: 
     rows = _edges(pixels.shape[0], resized[1], left_top[1], crop[1])
     columns = _edges(pixels.shape[1], resized[0], left_top[0], crop[0])
     planes = [_averaged(_averaged(plane, rows).T, columns).T for plane in np.moveaxis(pixels, -1, 0)]
-    return np.floor(np.stack(planes, axis=-1) + 0.5).astype(np.uint8)
+    return np.floor(np.stack(planes, axis=-1) + (0.5 + 1e-6)).astype(np.uint8)  # a tie is up, whatever the last digits
 
 
 def _edges(source: int, target: int, start: int, count: int) -> NDArray[np.float64]:
@@ -114,12 +115,24 @@ def _edges(source: int, target: int, start: int, count: int) -> NDArray[np.float
 
 
 def _averaged(plane: NDArray[np.generic], edges: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means of `plane: [N, M]` between consecutive `edges` along its first axis, by differences of its integral."""
-    integral = np.zeros((plane.shape[0] + 1, plane.shape[1]))
-    np.cumsum(plane, axis=0, dtype=np.float64, out=integral[1:])
-    whole = np.minimum(edges.astype(np.int64), plane.shape[0] - 1)
+    """Means of `plane: [N, M]` between consecutive `edges` along its first axis, by differences of its integral.
+
+    Done in bands of the target: the integral of a whole photograph of 100 megapixels would be 800 MB.
+    """
+    bands = range(0, len(edges) - 1, _BAND)
+    return np.concatenate([_band(plane, edges[start : start + _BAND + 1]) for start in bands])
+
+
+_BAND = 64
+
+
+def _band(plane: NDArray[np.generic], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    first, last = int(edges[0]), min(math.ceil(edges[-1]), plane.shape[0])
+    integral = np.zeros((last - first + 1, plane.shape[1]))
+    np.cumsum(plane[first:last], axis=0, dtype=np.float64, out=integral[1:])
+    whole = np.minimum(edges.astype(np.int64), last - 1)
     share = (edges - whole)[:, None]
-    at_edges = integral[whole] * (1 - share) + integral[whole + 1] * share
+    at_edges = integral[whole - first] * (1 - share) + integral[whole - first + 1] * share
     return np.diff(at_edges, axis=0) / np.diff(edges)[:, None]
 
 

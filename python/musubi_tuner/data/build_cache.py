@@ -23,9 +23,10 @@ from musubi_tuner.config.options import Resolved, option
 from musubi_tuner.data import cache
 from musubi_tuner.data.cache_keys import Part
 from musubi_tuner.data.fingerprint import content_hash, option_identity
-from musubi_tuner.data.plan import Plan, Planned, fingerprint, make_plan, table
+from musubi_tuner.data.plan import Plan, Planned, make_plan, table
 from musubi_tuner.data.sources import MediaItem, to_encode
 from musubi_tuner.data.spec import load
+from musubi_tuner.data.wanted import fingerprint, media_of, sees_controls
 from musubi_tuner.families.base import Family, FamilySpec, Item
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def cache_latents(family: Family, options: Resolved) -> None:
     settings = {"vae": option_identity(vae_options.vae), "vae_dtype": vae_options.vae_dtype, **_identities(own)}
 
     def load_encode() -> Encode:
-        vae = family.load_vae(vae_options.vae, device=device, dtype=dtype)
+        vae = family.load_vae(vae_options.vae, device=device, dtype=dtype, options=own[0] if own else None)
         encoders = family.load_encoders(own[0], device=device, dtype=dtype) if own else None
         return lambda items: family.encode_latents([_moved(item, device) for item in items], vae, encoders)
 
@@ -133,7 +134,8 @@ def _identities(groups: Sequence[Any]) -> dict[str, str]:
 
 
 def _moved(item: Item, device: torch.device) -> Item:
-    return replace(item, pixels=None if item.pixels is None else item.pixels.to(device))
+    pixels = None if item.pixels is None else item.pixels.to(device)
+    return replace(item, pixels=pixels, controls=tuple(control.to(device) for control in item.controls))
 
 
 def _run(
@@ -162,7 +164,7 @@ def _encode_all(
     workers = chosen.num_workers or max((os.cpu_count() or 2) - 1, 1)
     batches = _batches(plan, chosen.batch_size)
     with tqdm(total=len(plan.work), desc=f"{plan.part} caches", unit="item") as progress:
-        for batch in _ahead(batches, plan.part, workers):
+        for batch in _ahead(batches, plan.part, spec, workers):
             ready = [loaded for loaded in batch if not isinstance(loaded, str)]
             failed += [loaded for loaded in batch if isinstance(loaded, str)]
             for loaded, entries in zip(ready, encode([r.item for r in ready]) if ready else [], strict=True):
@@ -192,25 +194,28 @@ def _batches(plan: Plan, cap: int | None) -> Iterator[list[Planned]]:
 class _Loaded:
     media: MediaItem
     item: Item
-    source: str
+    hashes: Mapping[Path, str]
 
 
-def _load(media: MediaItem, part: Part) -> _Loaded | str:
+def _load(media: MediaItem, part: Part, spec: FamilySpec) -> _Loaded | str:
     """An item ready to encode, or the sentence that says why it cannot be."""
     try:
-        source = content_hash(media.path) if part == "latent" else ""
-        return _Loaded(media, to_encode(media, with_pixels=part == "latent"), source)
+        hashes = {path: content_hash(path) for path in media_of(media, part, spec)}
+        item = to_encode(media, with_pixels=part == "latent", with_controls=sees_controls(spec, part))
+        return _Loaded(media, item, hashes)
     except (ValueError, OSError) as error:
         return f"{media.path} {error}"
 
 
-def _ahead(batches: Iterator[list[Planned]], part: Part, workers: int) -> Iterator[list[_Loaded | str]]:
+def _ahead(
+    batches: Iterator[list[Planned]], part: Part, spec: FamilySpec, workers: int
+) -> Iterator[list[_Loaded | str]]:
     """Batches with their items decoded; at most two batches wait beyond the one in use."""
     pending: deque[list[Future[_Loaded | str]]] = deque()
     with ThreadPoolExecutor(workers, "musubi-decode") as pool:
         try:
             for batch in batches:
-                pending.append([pool.submit(_load, planned.item, part) for planned in batch])
+                pending.append([pool.submit(_load, planned.item, part, spec) for planned in batch])
                 if len(pending) > 2:
                     yield [future.result() for future in pending.popleft()]
             while pending:
@@ -221,7 +226,7 @@ def _ahead(batches: Iterator[list[Planned]], part: Part, workers: int) -> Iterat
 
 def _write(loaded: _Loaded, entries: Entries, spec: FamilySpec, part: Part, settings: Mapping[str, str]) -> None:
     media, tag = loaded.media, spec.cache_tag
-    stamp = fingerprint(media, part, settings, loaded.source, len(entries))
+    stamp = fingerprint(media, part, spec, settings, loaded.hashes.__getitem__, entries=len(entries))
     metadata = _metadata(media, part)
     for number, entry in enumerate(entries):
         section = number if len(entries) > 1 else None

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.data import controls
 from musubi_tuner.data.cache_keys import Part, find_fields, to_keys
 from musubi_tuner.data.fingerprint import Fingerprint
 from musubi_tuner.families.base import FamilySpec
@@ -67,7 +68,7 @@ def judge(path: Path, wanted: Fingerprint, spec: FamilySpec, part: Part, *, igno
         header = read_header(path)
     except ValueError as error:
         return Verdict("stale", str(error))
-    reason = misfit(header, wanted.bucket, spec, part)
+    reason = misfit(header, wanted.bucket, spec, part) or _other_controls(header, wanted, spec, part)
     if reason:
         return Verdict("stale", reason)
     if FINGERPRINT_KEY not in header.metadata:
@@ -95,6 +96,15 @@ def misfit(header: CacheHeader, bucket: tuple[int, int], spec: FamilySpec, part:
         if (width, height) != bucket:
             return f"its latents are for {width} x {height}, now {bucket[0]} x {bucket[1]} is wanted"
     return ""
+
+
+def _other_controls(header: CacheHeader, wanted: Fingerprint, spec: FamilySpec, part: Part) -> str:
+    """Why a latent cache does not hold the controls of its item; empty when it does."""
+    found = find_fields(header.shapes, spec.cache_fields, part).values()
+    held = sum(item.field.name == controls.FIELD for item in found)
+    if part == "text" or controls.most(spec) == 0 or held == len(wanted.controls):
+        return ""
+    return f"it holds {held} controls, now {len(wanted.controls)} are wanted"
 
 
 def write(
@@ -133,7 +143,8 @@ def _not_finite(entry: Mapping[str, Tensor]) -> str:
 
 
 def read(path: Path, spec: FamilySpec, part: Part) -> dict[str, Tensor]:
-    """Tensors of a cache file by field name; `image` fields as `[C, 1, H, W]`. Keys of no field are left out.
+    """Tensors of a cache file by field name; `image` fields as `[C, 1, H, W]`, fields with a factor as float32 in the
+    transformer's scale. Keys of no field are left out.
 
     Raises:
         UserError: the file cannot be read, or holds NaN or infinity.
@@ -143,6 +154,7 @@ def read(path: Path, spec: FamilySpec, part: Part) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             for key, (field, name) in find_fields(list(file.keys()), spec.cache_fields, part).items():
                 tensor = file.get_tensor(key)
+                tensor = tensor if field.factor == 1.0 else tensor.float() * field.factor
                 entry[name] = tensor.unsqueeze(1) if field.layout == "image" and tensor.ndim == 3 else tensor
     except (SafetensorError, OSError) as error:
         raise UserError(f"cache {path} cannot be read ({error}): make it anew with --recache") from error

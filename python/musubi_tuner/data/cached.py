@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.data import controls
 from musubi_tuner.data.cache import CacheHeader, Verdict, judge, misfit, read_header
-from musubi_tuner.data.cache_keys import find_fields, latent_name, latent_pattern, text_name
-from musubi_tuner.data.fingerprint import Fingerprint, content_hash, text_hash
+from musubi_tuner.data.cache_keys import Part, find_fields, latent_name, latent_pattern, text_name
+from musubi_tuner.data.fingerprint import content_hash, modified
 from musubi_tuner.data.sources import MediaItem, scan
 from musubi_tuner.data.spec import DataConfig, DatasetSpec
+from musubi_tuner.data.wanted import fingerprint, media_of
 from musubi_tuner.families.base import FamilySpec
 
 
@@ -26,6 +28,7 @@ class CachedItem:
     text: Path
     shape: tuple[int, int, int]
     """Frames, height, width of the latents: only equal shapes share a batch."""
+    has_control: bool = False
 
 
 @dataclass
@@ -96,11 +99,10 @@ def _of_scan(dataset: DatasetSpec, spec: FamilySpec, faults: _Faults) -> list[Ca
     items = []
     for media in scan(dataset, spec).items:
         text = media.text_path(spec.cache_tag)
-        caption = Fingerprint(source=text_hash(media.caption))
-        usable = faults.note(text, judge(text, caption, spec, "text", ignore={"settings"}))
+        usable = faults.note(text, _verdict(text, media, spec, "text"))
         for latent in latent_files(media, spec.cache_tag):
-            if faults.note(latent, _latent_verdict(latent, media, spec)) and usable:
-                items.append(CachedItem(dataset, latent, text, _shape(read_header(latent), spec)))
+            if faults.note(latent, _verdict(latent, media, spec, "latent")) and usable:
+                items.append(_item(dataset, latent, text, read_header(latent), spec))
     return items
 
 
@@ -115,12 +117,15 @@ def latent_files(media: MediaItem, tag: str) -> list[Path]:
     return sections[:-1] or [single]
 
 
-def _latent_verdict(path: Path, media: MediaItem, spec: FamilySpec) -> Verdict:
-    """As `judge`; a media file that is older than its cache is taken to be unchanged and not read again."""
-    older = path.exists() and media.path.stat().st_mtime_ns <= path.stat().st_mtime_ns
-    source = "" if older or not path.exists() else content_hash(media.path)
-    wanted = Fingerprint(source, media.bucket, media.frames)
-    return judge(path, wanted, spec, "latent", ignore={"settings", "source"} if older else {"settings"})
+def _verdict(path: Path, media: MediaItem, spec: FamilySpec, part: Part) -> Verdict:
+    """As `judge`; media files that are older than the cache are taken to be unchanged and not read again."""
+    if not path.exists():
+        return Verdict("missing", "it is not there")
+    made = path.stat().st_mtime_ns
+    older = all(modified(file) <= made for file in media_of(media, part, spec))
+    wanted = fingerprint(media, part, spec, {}, (lambda _: "") if older else content_hash)
+    unread = {"control_sources"} | ({"source"} if part == "latent" else set())
+    return judge(path, wanted, spec, part, ignore={"settings"} | (unread if older else set()))
 
 
 def _of_folder(dataset: DatasetSpec, spec: FamilySpec, faults: _Faults) -> list[CachedItem]:
@@ -134,7 +139,7 @@ def _of_folder(dataset: DatasetSpec, spec: FamilySpec, faults: _Faults) -> list[
         if not text.is_file():
             faults.missing.append(text)
         elif _usable(text, faults, lambda header: misfit(header, (0, 0), spec, "text")) and header:
-            items.append(CachedItem(dataset, path, text, _shape(header, spec)))
+            items.append(_item(dataset, path, text, header, spec))
     if not items and not faults.missing and not faults.stale:
         raise UserError(
             f"{dataset.where}: neither {dataset.media} nor caches named {latent_name('*', (0, 0), spec.cache_tag)} "
@@ -162,9 +167,10 @@ def _usable(path: Path, faults: _Faults, fault: Callable[[CacheHeader], str]) ->
     return header
 
 
-def _shape(header: CacheHeader, spec: FamilySpec) -> tuple[int, int, int]:
-    """Frames, height, width of the latents in a cache file."""
+def _item(dataset: DatasetSpec, latent: Path, text: Path, header: CacheHeader, spec: FamilySpec) -> CachedItem:
+    """The item of a latent cache whose header was read."""
     found = find_fields(header.shapes, spec.cache_fields, "latent")
     shape: Sequence[int] = next(header.shapes[key] for key, item in found.items() if item.name == "latents")
     frames, height, width = (1, *shape[1:]) if len(shape) == 3 else shape[1:]
-    return (frames, height, width)
+    has_control = any(item.field.name == controls.FIELD for item in found.values())
+    return CachedItem(dataset, latent, text, (frames, height, width), has_control)

@@ -28,6 +28,10 @@ class Fingerprint:
     """Model files by identity and options by value, by option name."""
     entries: int = 1
     """Cache files of this item."""
+    controls: tuple[str, ...] = ()
+    """Size of each control, as `<width>x<height>`, where this part depends on controls."""
+    control_sources: tuple[str, ...] = ()
+    """Hash of each control's bytes."""
     version: int = VERSION
 
     def dump(self) -> str:
@@ -42,7 +46,8 @@ class Fingerprint:
             if values["version"] != VERSION:
                 return None
             width, height = values["bucket"]
-            return Fingerprint(**{**values, "bucket": (width, height), "frames": tuple(values["frames"])})
+            tuples = {name: tuple(values.get(name, ())) for name in ("frames", "controls", "control_sources")}
+            return Fingerprint(**{**values, **tuples, "bucket": (width, height)})
         except (ValueError, TypeError, KeyError):
             return None
 
@@ -56,6 +61,11 @@ class Fingerprint:
             found.append(f"it was made for {was}, now {now} is wanted")
         if self.frames != wanted.frames:
             found.append("it holds other frames")
+        if self.controls != wanted.controls:
+            sizes = [", ".join(controls) or "none" for controls in (self.controls, wanted.controls)]
+            found.append(f"its controls were {sizes[0]}, now {sizes[1]}")
+        elif "control_sources" not in ignore and self.control_sources != wanted.control_sources:
+            found.append("a control changed")
         if "settings" not in ignore:
             names = sorted({*self.settings, *wanted.settings})
             found += [f"{name} changed" for name in names if self.settings.get(name) != wanted.settings.get(name)]
@@ -63,12 +73,24 @@ class Fingerprint:
 
 
 def content_hash(path: Path) -> str:
-    """BLAKE2 of a media file's bytes."""
+    """BLAKE2 of a media file's bytes; of a folder of frames, of its files' names and bytes."""
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for part in _parts(path):
+        if part != path:
+            digest.update(f"{part.name}:{part.stat().st_size}:".encode())
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def modified(path: Path) -> int:
+    """When a media file, or the newest file of a folder of frames, was last written (nanoseconds)."""
+    return max(part.stat().st_mtime_ns for part in (path, *_parts(path)))
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(part for part in path.iterdir() if part.is_file()) if path.is_dir() else [path]
 
 
 def text_hash(text: str) -> str:

@@ -25,6 +25,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What undoes each value of the orientation tag."""
+_FAULTS = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for files that it cannot read, several of them by way of damaged chunks."""
 
 
 def image_size(path: Path) -> Size:
@@ -37,8 +39,8 @@ def image_size(path: Path) -> Size:
         with Image.open(path) as image:
             width, height = image.size
             return (height, width) if _orientation(image) >= 5 else (width, height)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(_why(error)) from error
+    except _FAULTS as error:
+        raise ValueError(_why(path, error)) from error
 
 
 def read_image(path: Path, bucket: Size) -> NDArray[np.uint8]:
@@ -52,12 +54,14 @@ def read_image(path: Path, bucket: Size) -> NDArray[np.uint8]:
             turn = _TURNS.get(_orientation(image))
             image.load()
             rgb = _rgb(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(_why(error)) from error
+    except _FAULTS as error:
+        raise ValueError(_why(path, error)) from error
     return to_bucket(rgb if turn is None else rgb.transpose(turn), bucket)
 
 
-def _why(error: Exception) -> str:
+def _why(path: Path, error: Exception) -> str:
+    if path.is_file() and path.stat().st_size == 0:
+        return "is empty (0 bytes)"
     if isinstance(error, UnidentifiedImageError):
         return "is not a picture that Pillow knows"
     return f"cannot be read as a picture ({error})"
@@ -76,6 +80,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255
         grey = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(np.floor(np.clip(grey, 0, 255) + 0.5).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("holds floating-point values, whose range is not known: save it with 8 or 16 bits")
     if image.mode in ("P", "PA", "LA"):
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -10,9 +10,11 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.data.cache import Verdict, judge
 from musubi_tuner.data.cache_keys import Part, latent_pattern
 from musubi_tuner.data.cached import latent_files
-from musubi_tuner.data.fingerprint import Fingerprint, content_hash, text_hash
+from musubi_tuner.data.controls import without_effect
+from musubi_tuner.data.fingerprint import content_hash
 from musubi_tuner.data.sources import MediaItem, Scan, scan
 from musubi_tuner.data.spec import DataConfig
+from musubi_tuner.data.wanted import fingerprint
 from musubi_tuner.families.base import FamilySpec
 
 
@@ -34,6 +36,8 @@ class Plan:
     work: tuple[Planned, ...]
     fresh: int
     foreign: int
+    without_effect: tuple[tuple[str, ...], ...]
+    """Keys of each dataset that change nothing for the family."""
     orphans: tuple[Path, ...]
     """Caches of this part and family in the cache folders that belong to no item."""
 
@@ -66,14 +70,8 @@ def make_plan(
             "refuses them: make them anew with --recache"
         )
     orphans = tuple(_orphans(scans, part, spec.cache_tag))
-    return Plan(part, spec.cache_tag, scans, tuple(work), states["fresh"], states["foreign"], orphans)
-
-
-def fingerprint(item: MediaItem, part: Part, settings: Mapping[str, str], source: str, entries: int = 1) -> Fingerprint:
-    """What an item's cache is made of; `source` is the content hash of its file (unused for text)."""
-    if part == "text":
-        return Fingerprint(text_hash(item.caption), settings=settings)
-    return Fingerprint(source, item.bucket, item.frames, settings, entries)
+    idle = tuple(without_effect(dataset, spec) for dataset in config.datasets)
+    return Plan(part, spec.cache_tag, scans, tuple(work), states["fresh"], states["foreign"], idle, orphans)
 
 
 def _verdict(
@@ -82,7 +80,7 @@ def _verdict(
     files = [item.text_path(spec.cache_tag)] if part == "text" else latent_files(item, spec.cache_tag)
     if not files[0].is_file():
         return Verdict("missing", "it is not there")
-    wanted = fingerprint(item, part, settings, hashed(item.path) if part == "latent" else "")
+    wanted = fingerprint(item, part, spec, settings, hashed)
     verdicts = [judge(path, wanted, spec, part) for path in files]
     worst = max(verdicts, key=lambda verdict: ("fresh", "foreign", "missing", "stale").index(verdict.state))
     if worst.state == "fresh" and worst.entries != len(files):
@@ -109,7 +107,8 @@ def _orphans(scans: Sequence[Scan], part: Part, tag: str) -> Iterator[Path]:
 
 def table(plan: Plan) -> list[str]:
     """The plan in a few lines: datasets, buckets, what is left out and why, what is to be made."""
-    lines = [line for found in plan.scans for line in _dataset_lines(found)]
+    pairs = zip(plan.scans, plan.without_effect, strict=True)
+    lines = [line for found, idle in pairs for line in _dataset_lines(found, idle)]
     reasons = Counter(planned.why.reason for planned in plan.work if planned.why.state == "stale")
     missing = sum(planned.why.state == "missing" for planned in plan.work)
     made = [f"{missing} missing"] if missing else []
@@ -124,7 +123,7 @@ def table(plan: Plan) -> list[str]:
     return lines
 
 
-def _dataset_lines(found: Scan) -> Iterator[str]:
+def _dataset_lines(found: Scan, idle: Sequence[str]) -> Iterator[str]:
     buckets = Counter(f"{width}x{height}x{frames}" for frames, height, width in (item.shape for item in found.items))
     sizes = ", ".join(f"{name}: {count}" for name, count in sorted(buckets.items())[:8])
     more = f", and {len(buckets) - 8} more" if len(buckets) > 8 else ""
@@ -132,6 +131,9 @@ def _dataset_lines(found: Scan) -> Iterator[str]:
         f"dataset {found.dataset.number} ({found.dataset.media}): {len(found.items)} items in {len(buckets)} buckets "
         f"(width x height x frames) {sizes}{more}"
     )
+    beside = sum(len(item.controls) for item in found.items)
+    if beside:
+        yield f"  {beside} controls, from {found.dataset.control_directory or found.dataset.media}"
     empty = sum(not item.caption for item in found.items)
     if empty:
         yield f"  {empty} captions are empty"
@@ -140,5 +142,5 @@ def _dataset_lines(found: Scan) -> Iterator[str]:
         reasons.setdefault(entry.reason, []).append(entry.path.name)
     for reason, names in reasons.items():
         yield f"  left out: {len(names)} x {reason}, e.g. {names[0]}"
-    if found.dataset.later:
-        yield f"  without effect here yet: {', '.join(found.dataset.later)}"
+    if idle:
+        yield f"  without effect here: {', '.join(idle)}"

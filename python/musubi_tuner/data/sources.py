@@ -1,12 +1,10 @@
 """Sources: the items that a dataset's folder or list holds, and those left out, each with its reason.
 
 Only headers are opened here: a scan of ten thousand pictures takes seconds and finds what would stop the work later.
-Order is that of file names (or of the list), so item numbers do not depend on the file system.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,19 +13,18 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.data import images, video
+from musubi_tuner.data import controls, images, video
 from musubi_tuner.data.buckets import Buckets, Size, nearest_sizes
 from musubi_tuner.data.cache_keys import latent_name, text_name
-from musubi_tuner.data.fingerprint import text_hash
+from musubi_tuner.data.controls import Control
+from musubi_tuner.data.listing import EXTENSIONS, Candidate, LeftOut, candidates
 from musubi_tuner.data.spec import DatasetSpec
 from musubi_tuner.families.base import FamilySpec, Item
-
-VIDEO_EXTENSIONS = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif", ".mpg", ".mpeg"})
 
 
 @dataclass(frozen=True)
 class MediaItem:
-    """A picture, or a clip of a video, with its caption and its place in the bucket scheme."""
+    """A picture, or a clip of a video, with its caption, its controls and its place in the bucket scheme."""
 
     dataset: DatasetSpec
     path: Path
@@ -39,6 +36,8 @@ class MediaItem:
     """What its cache names begin with."""
     frames: tuple[int, ...] = ()
     """Frames of the file that the clip holds; empty for a picture."""
+    controls: tuple[Control, ...] = ()
+    """Of a clip: clips of which the same frames are taken."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -53,27 +52,12 @@ class MediaItem:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A file of the dataset that gives no item, and why."""
-
-    path: Path
-    reason: str
-
-
-@dataclass(frozen=True)
 class Scan:
     """What a dataset holds."""
 
     dataset: DatasetSpec
     items: tuple[MediaItem, ...]
     left_out: tuple[LeftOut, ...]
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    path: Path
-    stem: str
-    caption: str
 
 
 def scan(dataset: DatasetSpec, spec: FamilySpec) -> Scan:
@@ -84,26 +68,29 @@ def scan(dataset: DatasetSpec, spec: FamilySpec) -> Scan:
     """
     check_resolution(dataset, spec)
     buckets = Buckets(dataset.resolution, dataset.enable_bucket, dataset.bucket_no_upscale, spec.resolution_step)
+    found = list(candidates(dataset))
+    with_controls = controls.most(spec) != 0 and _has_controls(dataset, found)
     items: list[MediaItem] = []
     left_out: list[LeftOut] = []
-    for found in _candidates(dataset):
-        if isinstance(found, LeftOut):
-            left_out.append(found)
+    for entry in found:
+        if isinstance(entry, LeftOut):
+            left_out.append(entry)
             continue
         try:
-            items += _items(dataset, found, buckets, spec)
+            if controls.most(spec) != 0:
+                controls.check_count(entry.controls, spec, wanted=with_controls)
+            items += _items(dataset, entry, buckets, spec)
         except ValueError as error:
-            left_out.append(LeftOut(found.path, str(error)))
+            left_out.append(LeftOut(entry.path, str(error)))
     if not items:
         raise UserError(_nothing(dataset, left_out))
     return Scan(dataset, tuple(items), tuple(left_out))
 
 
-def _candidates(dataset: DatasetSpec) -> Iterator[_Candidate | LeftOut]:
-    try:
-        yield from _listed(dataset) if dataset.jsonl is not None else _in_folder(dataset)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{dataset.where}: "{dataset.media}" cannot be read: {error}') from error
+def _has_controls(dataset: DatasetSpec, found: Sequence[Candidate | LeftOut]) -> bool:
+    """Whether a dataset is one with controls: then an item without one is left out."""
+    named = any(isinstance(entry, Candidate) and entry.controls for entry in found)
+    return dataset.control_directory is not None or named
 
 
 def check_resolution(dataset: DatasetSpec, spec: FamilySpec) -> None:
@@ -123,81 +110,21 @@ def _nothing(dataset: DatasetSpec, left_out: Sequence[LeftOut]) -> str:
     if reasons:
         why = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
         return f'{dataset.where}: nothing in "{dataset.media}" can be used: {why}'
-    kinds = ", ".join(sorted(_extensions(dataset)))
+    kinds = ", ".join(sorted(EXTENSIONS[dataset.kind]))
     folder = dataset.directory
     nested = folder is not None and any(path.is_dir() for path in folder.iterdir())
     hint = "; its subfolders are not searched: give each its own [[datasets]]" if nested else ""
     return f'{dataset.where}: "{dataset.media}" holds no {dataset.kind}s ({kinds}){hint}'
 
 
-def _extensions(dataset: DatasetSpec) -> frozenset[str]:
-    return images.EXTENSIONS if dataset.kind == "image" else VIDEO_EXTENSIONS
-
-
-def _in_folder(dataset: DatasetSpec) -> Iterator[_Candidate | LeftOut]:
-    """The media files of a folder, by name, with the text of their caption files."""
-    stems = _Stems()
-    kinds = _extensions(dataset)
-    for path in sorted(p for p in dataset.media.iterdir() if p.suffix.lower() in kinds and p.is_file()):
-        caption = path.with_name(path.stem + dataset.caption_suffix)
-        if not caption.is_file():
-            yield LeftOut(path, f"no caption file (its name with the ending {dataset.caption_suffix})")
-            continue
-        try:
-            text = caption.read_text(encoding="utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            yield LeftOut(path, f"its caption file is no UTF-8 text ({error})")
-            continue
-        yield _Candidate(path, stems.unique(path.stem, path.name), text)
-
-
-def _listed(dataset: DatasetSpec) -> Iterator[_Candidate | LeftOut]:
-    """The entries of a JSONL file: `{"image_path": ..., "caption": ...}`, `video_path` for clips.
-
-    Relative paths are taken from the working folder, or from the list's own folder where only that has the file.
-    """
-    stems = _Stems()
-    key = f"{dataset.kind}_path"
-    lines = dataset.media.read_text(encoding="utf-8-sig").splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        path, caption = _entry(line, key, f"{dataset.media}, line {number}")
-        beside = dataset.media.parent / path
-        place = beside if not path.exists() and beside.exists() else path
-        if not place.is_file():
-            yield LeftOut(path, "the list names it but it is not there")
-            continue
-        yield _Candidate(place, stems.unique(path.stem, str(path)), caption)
-
-
-def _entry(line: str, key: str, where: str) -> tuple[Path, str]:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in (key, "caption")):
-        raise UserError(f'{where}: an object with the texts "{key}" and "caption" is needed, given {line.strip()[:80]}')
-    return Path(entry[key]).expanduser(), entry["caption"].strip()
-
-
-class _Stems:
-    """Distinct cache stems: the first file of a stem keeps it, later ones get a hash of their path."""
-
-    def __init__(self) -> None:
-        self.taken: set[str] = set()
-
-    def unique(self, stem: str, path: str) -> str:
-        found = stem if stem not in self.taken else f"{stem}~{text_hash(path)[:8]}"
-        self.taken.add(found)
-        return found
-
-
-def _items(dataset: DatasetSpec, found: _Candidate, buckets: Buckets, spec: FamilySpec) -> list[MediaItem]:
+def _items(dataset: DatasetSpec, found: Candidate, buckets: Buckets, spec: FamilySpec) -> list[MediaItem]:
     """One item of a picture, one for each window of a video. Raises ValueError with the reason for none."""
+    beside = found.controls if controls.most(spec) != 0 else ()
     if dataset.kind == "image":
         size = images.image_size(found.path)
-        return [MediaItem(dataset, found.path, found.caption, size, buckets.choose(size), found.stem)]
+        bucket = buckets.choose(size)
+        sized = tuple(_image_control(path, bucket, dataset, buckets.step) for path in beside)
+        return [MediaItem(dataset, found.path, found.caption, size, bucket, found.stem, controls=sized)]
     info = video.probe(found.path)
     kept = video.kept_frames(info.frames, dataset.source_fps, spec.target_fps)
     windows = video.windows(
@@ -212,6 +139,8 @@ def _items(dataset: DatasetSpec, found: _Candidate, buckets: Buckets, spec: Fami
     if not windows:
         raise ValueError(f"too short: {len(kept)} frames, target_frames = {list(dataset.target_frames)}")
     bucket = buckets.choose(info.size)
+    clips = [kept[window.start : window.start + window.count] for window in windows]
+    sized = tuple(_video_control(path, bucket, max(clip[-1] for clip in clips)) for path in beside)
     return [
         MediaItem(
             dataset,
@@ -219,11 +148,35 @@ def _items(dataset: DatasetSpec, found: _Candidate, buckets: Buckets, spec: Fami
             found.caption,
             info.size,
             bucket,
-            f"{found.stem}_{window.start:05d}-{window.count:03d}",
-            tuple(kept[window.start : window.start + window.count]),
+            clip_stem(found.stem, window.start, window.count),
+            tuple(clip),
+            sized,
         )
-        for window in windows
+        for window, clip in zip(windows, clips, strict=True)
     ]
+
+
+def clip_stem(stem: str, start: int, count: int) -> str:
+    """What the cache names of a clip begin with."""
+    return f"{stem}_{start:05d}-{count:03d}"
+
+
+def _image_control(path: Path, bucket: Size, dataset: DatasetSpec, step: int) -> Control:
+    try:
+        return Control(path, controls.size_of(images.image_size(path), bucket, dataset, step))
+    except ValueError as error:
+        raise ValueError(f"its control {path.name} {error}") from error
+
+
+def _video_control(path: Path, bucket: Size, last: int) -> Control:
+    """A control clip, which must reach frame `last`."""
+    try:
+        frames = video.probe(path).frames
+    except ValueError as error:
+        raise ValueError(f"its control {path.name} {error}") from error
+    if frames <= last:
+        raise ValueError(f"its control {path.name} has {frames} frames, {last + 1} are needed")
+    return Control(path, bucket)
 
 
 def read_pixels(item: MediaItem) -> Tensor:
@@ -232,16 +185,38 @@ def read_pixels(item: MediaItem) -> Tensor:
     Raises:
         ValueError: the file cannot be decoded.
     """
-    if item.frames:
-        pixels = video.read_frames(item.path, item.frames, item.bucket)
-    else:
-        pixels = images.read_image(item.path, item.bucket)[None]
+    return _pixels(item.path, item.frames, item.bucket)
+
+
+def read_controls(item: MediaItem) -> tuple[Tensor, ...]:
+    """The controls' pixels, as `read_pixels`, each in its own size.
+
+    Raises:
+        ValueError: one cannot be decoded.
+    """
+    found = []
+    for control in item.controls:
+        try:
+            found.append(_pixels(control.path, item.frames, control.size))
+        except ValueError as error:
+            raise ValueError(f"has a control, {control.path.name}, that {error}") from error
+    return tuple(found)
+
+
+def _pixels(path: Path, frames: Sequence[int], size: Size) -> Tensor:
+    pixels = video.read_frames(path, frames, size) if frames else images.read_image(path, size)[None]
     own = torch.from_numpy(np.array(pixels))  # a copy: memory of Pillow's is read-only
     return own.permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 
-def to_encode(item: MediaItem, *, with_pixels: bool) -> Item:
+def to_encode(item: MediaItem, *, with_pixels: bool, with_controls: bool = False) -> Item:
     """The item as a family's encode functions take it."""
     frames, height, width = item.shape
-    pixels = read_pixels(item) if with_pixels else None
-    return Item(item.caption, pixels, frames=frames, height=height, width=width)
+    return Item(
+        item.caption,
+        read_pixels(item) if with_pixels else None,
+        read_controls(item) if with_controls else (),
+        frames=frames,
+        height=height,
+        width=width,
+    )

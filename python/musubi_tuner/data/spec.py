@@ -50,6 +50,10 @@ class DatasetSpec:
     frame_sample: int = 1
     max_frames: int = 129
     source_fps: float | None = None
+    control_directory: Path | None = None
+    """Controls by the names of the items; see `controls`."""
+    no_resize_control: bool = False
+    control_resolution: tuple[int, int] | None = None
     later: tuple[str, ...] = ()
     """Keys that are valid and have no effect here yet."""
 
@@ -243,7 +247,12 @@ def _placed(spec: DatasetSpec, beside: Path) -> DatasetSpec:
         directory=base / spec.directory if spec.directory else None,
         jsonl=base / spec.jsonl if spec.jsonl else None,
         cache_directory=base / spec.cache_directory if spec.cache_directory else None,
+        control_directory=_where(spec.control_directory, beside) if spec.control_directory else None,
     )
+
+
+def _where(path: Path, beside: Path) -> Path:
+    return path if path.exists() or not (beside / path).exists() else beside / path
 
 
 def _check_folders(reader: _Reader, spec: DatasetSpec, need_media: bool) -> None:
@@ -253,6 +262,10 @@ def _check_folders(reader: _Reader, spec: DatasetSpec, need_media: bool) -> None
         wanted = f"{spec.kind}_directory" if spec.directory is not None else f"{spec.kind}_jsonl_file"
         is_other = "is not a folder" if spec.directory is not None and media.exists() else "is not there"
         reader.fault(section, f'{wanted} = "{media}" {is_other} (working folder {Path.cwd()})')
+    control = spec.control_directory
+    if control is not None and not control.is_dir() and (need_media or control.exists()):
+        reason = "is not a folder" if control.exists() else "is not there"
+        reader.fault(section, f'control_directory = "{control}" {reason} (working folder {Path.cwd()})')
     if spec.cache_folder.exists() and not spec.cache_folder.is_dir():
         reader.fault(section, f'cache_directory = "{spec.cache_folder}" is a file: a folder is needed')
 

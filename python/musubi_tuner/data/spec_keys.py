@@ -128,13 +128,10 @@ RENAMED: Mapping[str, str] = {
 """Earlier spellings; the present one wins where a table has both."""
 
 LATER = (
-    "control_directory",
     "multiple_target",
     "fp_latent_window_size",
     "fp_1f_clean_indices",
     "fp_1f_target_index",
     "fp_1f_no_post",
-    "no_resize_control",
-    "control_resolution",
 )
 """Known keys of families and modes that are not here yet."""

@@ -2,7 +2,8 @@
 
 The windows of a video are pure arithmetic on its frame count. Reading decodes from the start up to the last frame
 that is asked for and brings each kept frame to its bucket at once, so memory is that of the clip as it is trained on.
-Rotation tags of videos are not applied.
+Frames are counted as they come out of the decoder, whatever their time stamps say; quarter turns that the file asks
+for are applied. A folder of pictures is a video too, its frames in the order of their names.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from musubi_tuner.data import images
 from musubi_tuner.data.buckets import Size, to_bucket
+
+_TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: Image.Transpose.ROTATE_270}
+"""Counterclockwise turns, in degrees."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +99,24 @@ def kept_frames(frames: int, source_fps: float | None, target_fps: float | None)
 
 
 def probe(path: Path) -> VideoInfo:
-    """Frame count and size; where the container does not state its count, packets are counted.
+    """Frame count and size as seen; where the container does not state its count, packets are counted.
 
     Raises:
         ValueError: not a video that can be opened, or one without frames.
     """
+    if path.is_dir():
+        files = _frame_files(path)
+        return VideoInfo(len(files), images.image_size(files[0]))
     with _opened(path) as (container, stream):
-        frames = int(stream.frames) or sum(1 for packet in container.demux(stream) if packet.size)
-        size = (int(stream.codec_context.width), int(stream.codec_context.height))
-    if not frames or not all(size):
-        raise ValueError("holds no frames")
-    return VideoInfo(frames, size)
+        frames = int(stream.frames)
+        if not frames:
+            frames = sum(1 for packet in container.demux(stream) if packet.size)
+            container.seek(0)
+        first = next(container.decode(stream), None)
+    if first is None or not frames:
+        raise ValueError("holds no frames that can be decoded")
+    turned = _turn(first) in (90, 270)
+    return VideoInfo(frames, (first.height, first.width) if turned else (first.width, first.height))
 
 
 def read_frames(path: Path, indices: Sequence[int], bucket: Size) -> NDArray[np.uint8]:
@@ -112,20 +125,43 @@ def read_frames(path: Path, indices: Sequence[int], bucket: Size) -> NDArray[np.
     Raises:
         ValueError: the video cannot be decoded or ends before the last index.
     """
+    if path.is_dir():
+        files = _frame_files(path)
+        if indices[-1] >= len(files):
+            raise ValueError(f"holds {len(files)} frames, frame {indices[-1]} is wanted")
+        return np.stack([images.read_image(files[index], bucket) for index in indices])
     wanted = iter(indices)
     upcoming = next(wanted, None)
     found: list[NDArray[np.uint8]] = []
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
         for number, frame in enumerate(container.decode(stream)):
+            if number == upcoming:
+                found.append(to_bucket(_upright(frame), bucket))
+                upcoming = next(wanted, None)
             if upcoming is None:
                 break
-            if number == upcoming:
-                found.append(to_bucket(frame.to_image(), bucket))
-                upcoming = next(wanted, None)
     if upcoming is not None:
         raise ValueError(f"ends before frame {upcoming}: is the file cut short?")
     return np.stack(found)
+
+
+def _frame_files(folder: Path) -> list[Path]:
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in images.EXTENSIONS and path.is_file())
+    if not files:
+        raise ValueError("is a folder without pictures, so no video")
+    return files
+
+
+def _turn(frame: Any) -> int:
+    """Degrees, counterclockwise, by which a frame is to be turned to stand upright: a multiple of 90."""
+    return round(frame.rotation / 90) * 90 % 360
+
+
+def _upright(frame: Any) -> Image.Image:
+    image: Image.Image = frame.to_image()
+    turn = _turn(frame)
+    return image.transpose(_TURNS[turn]) if turn else image
 
 
 @contextmanager
@@ -133,10 +169,12 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """An open container and its first video stream; PyAV's errors become ValueError."""
     import av
 
+    if path.stat().st_size == 0:
+        raise ValueError("is empty (0 bytes)")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise ValueError("has no video stream")
             yield container, container.streams.video[0]
-    except (av.error.FFmpegError, OSError) as error:
+    except (av.error.FFmpegError, OSError, EOFError) as error:
         raise ValueError(f"cannot be read as a video: {error}") from error

@@ -74,6 +74,8 @@ class CacheField:
     required: bool = True
     numbered: bool = False
     """Several of a kind: names `<name>_0`, `<name>_1`, ..., keys `<key>_0...`, `<key>_1...`."""
+    factor: float = 1.0
+    """What the file's tensor is multiplied by when it is read: from the file's scale to the transformer's."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class SamplingDefaults:
 
     steps: int
     guidance: float
+    embedded_guidance: float | None = None
+    """Guidance that the transformer is told as an input; None: it has no such input."""
     shift: float | None = None
     solver: str = "unipc"
     size: tuple[int, int] = (256, 256)
@@ -118,6 +122,8 @@ class FamilySpec:
     target_fps: float | None = None
     """Frame rate that training clips are brought to."""
     resolution_step: int = 16
+    text_sees_controls: bool = False
+    """Whether `encode_condition` looks at the items' controls, so that the text cache depends on them."""
     modelspec_resolution: str = "1280x720"
     option_defaults: Mapping[str, object] = field(default_factory=dict)
     """Option defaults that differ from the house's, by option name."""
@@ -165,7 +171,8 @@ class Family(Protocol):
     def option_groups(self, command: str) -> tuple[type, ...]:
         """The family's own option dataclasses for `cache_latents`, `cache_text`, `train`, `generate`.
 
-        The first one is what `load_encoders` is handed for that command; at most one more may follow.
+        The first one is what `load_encoders` and `load_vae` are handed for that command, the second one, if there
+        is any, what `build_dit` is handed.
         """
         ...
 
@@ -174,7 +181,7 @@ class Family(Protocol):
         any) for `cache_latents`, both for `train` (previews) and `generate`. None: nothing is needed."""
         ...
 
-    def load_vae(self, path: str, *, device: torch.device, dtype: torch.dtype) -> Vae: ...
+    def load_vae(self, path: str, *, device: torch.device, dtype: torch.dtype, options: Any = None) -> Vae: ...
 
     def encode_latents(
         self, items: Sequence[Item], vae: Vae, encoders: Encoders | None = None
@@ -189,8 +196,11 @@ class Family(Protocol):
         """What the text cache holds, by `CacheField.name`; may look at the items' images."""
         ...
 
-    def build_dit(self, header: Header, config: Mapping[str, Any] | None = None) -> Dit:
-        """The transformer on the meta device; sizes from `config`, metadata `musubi.config` or the shapes."""
+    def build_dit(self, header: Header, config: Mapping[str, Any] | None = None, options: Any = None) -> Dit:
+        """The transformer on the meta device; sizes from `config`, metadata `musubi.config` or the shapes.
+
+        What else `options` ask of the model (what it is told in training, say) is kept on the model.
+        """
         ...
 
     def rename_dit_key(self, key: str) -> str | None:
@@ -198,7 +208,12 @@ class Family(Protocol):
         ...
 
     def collate(self, entries: Sequence[Mapping[str, Tensor]]) -> Conditioning:
-        """Pad or mask ragged tensors of a batch, by field name. `latents` is left to the caller."""
+        """Pad or mask ragged tensors of a batch, by field name.
+
+        In training an entry has all fields of both caches; `latents` is stacked by the caller, and here only to be
+        looked at (a first frame). In sampling it has what `encode_condition` gave and, where the task has embedded
+        guidance, the scalar `guidance`.
+        """
         ...
 
     def predict(self, dit: Dit, x_t: Tensor, t: Tensor, cond: Conditioning, *, run: Run = direct) -> Tensor:
