@@ -32,7 +32,7 @@ LORA = "rainbow"
 class DemoOptions:
     """Demo"""
 
-    output: str = option("demo", help="folder for everything that the demo makes", metavar="FOLDER")
+    output: str = option("demo-output", help="folder for everything that the demo makes", metavar="FOLDER")
     base: str | None = option(None, help="folder of the base model (examples/digits of the repository)")
 
 
