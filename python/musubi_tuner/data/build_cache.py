@@ -24,8 +24,9 @@ from musubi_tuner.data import cache
 from musubi_tuner.data.cache_keys import Part
 from musubi_tuner.data.fingerprint import content_hash, option_identity
 from musubi_tuner.data.plan import Plan, Planned, make_plan, table
-from musubi_tuner.data.sources import MediaItem, to_encode
-from musubi_tuner.data.spec import load
+from musubi_tuner.data.sources import MediaItem, scan, to_encode
+from musubi_tuner.data.spec import DataConfig, load
+from musubi_tuner.data.view import ViewOptions, view
 from musubi_tuner.data.wanted import fingerprint, media_of, sees_controls
 from musubi_tuner.families.base import Family, FamilySpec, Item
 
@@ -64,7 +65,7 @@ class CacheOptions:
 class VaeOptions:
     """VAE"""
 
-    vae: str = option("", help="VAE checkpoint", required=True, metavar="FILE")
+    vae: str | None = option(None, help="VAE checkpoint; needed unless --debug_mode is given", metavar="FILE")
     vae_dtype: str = option(
         "bfloat16",
         help="dtype that the VAE computes in, and of the cached latents",
@@ -73,7 +74,7 @@ class VaeOptions:
     )
 
 
-LATENT_GROUPS: tuple[type, ...] = (CacheOptions, VaeOptions)
+LATENT_GROUPS: tuple[type, ...] = (CacheOptions, VaeOptions, ViewOptions)
 TEXT_GROUPS: tuple[type, ...] = (CacheOptions,)
 
 Entries = Sequence[Mapping[str, Tensor]]
@@ -82,16 +83,22 @@ Encode = Callable[[Sequence[Item]], Sequence[Entries]]
 
 
 def cache_latents(family: Family, options: Resolved) -> None:
-    """Write the latent caches of a dataset file; raises UserError for what the user can mend."""
+    """Write the latent caches of a dataset file, or show its items; raises UserError for what the user can mend."""
     chosen, vae_options = options[CacheOptions], options[VaeOptions]
-    if not Path(vae_options.vae).exists():
-        raise UserError(f"--vae {vae_options.vae} is not there")
+    if options[ViewOptions].debug_mode is not None:
+        view([scan(dataset, family.spec) for dataset in _config(chosen).datasets], options[ViewOptions])
+        return
+    if vae_options.vae is None:
+        raise UserError("--vae is needed: the checkpoint of the VAE that encodes the pictures")
+    vae_file = vae_options.vae
+    if not Path(vae_file).exists():
+        raise UserError(f"--vae {vae_file} is not there")
     device, dtype = pick_device(chosen.device), DTYPES[vae_options.vae_dtype]
     own = _family_options(family, options, "cache_latents")
-    settings = {"vae": option_identity(vae_options.vae), "vae_dtype": vae_options.vae_dtype, **_identities(own)}
+    settings = {"vae": option_identity(vae_file), "vae_dtype": vae_options.vae_dtype, **_identities(own)}
 
     def load_encode() -> Encode:
-        vae = family.load_vae(vae_options.vae, device=device, dtype=dtype, options=own[0] if own else None)
+        vae = family.load_vae(vae_file, device=device, dtype=dtype, options=own[0] if own else None)
         encoders = family.load_encoders(own[0], device=device, dtype=dtype) if own else None
         return lambda items: family.encode_latents([_moved(item, device) for item in items], vae, encoders)
 
@@ -142,10 +149,7 @@ def _run(
     spec: FamilySpec, part: Part, chosen: CacheOptions, settings: Mapping[str, str], load_encode: Callable[[], Encode]
 ) -> None:
     """Plan, tell, encode, prune. Models are loaded only where there is something to encode."""
-    config = load(chosen.dataset_config)
-    for warning in config.warnings:
-        log.warning("%s", warning)
-    plan = make_plan(config, spec, part, settings, strict=chosen.strict_cache, renew=chosen.recache)
+    plan = make_plan(_config(chosen), spec, part, settings, strict=chosen.strict_cache, renew=chosen.recache)
     for line in table(plan):
         log.info("%s", line)
     if plan.work:
@@ -155,6 +159,13 @@ def _run(
         for path in plan.orphans:
             path.unlink()
         log.info("deleted %d caches that belong to no item", len(plan.orphans))
+
+
+def _config(chosen: CacheOptions) -> DataConfig:
+    config = load(chosen.dataset_config)
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    return config
 
 
 def _encode_all(
