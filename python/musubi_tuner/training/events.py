@@ -6,17 +6,21 @@ Events come on every process; an observer that writes files or talks checks the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
 @dataclass
 class State:
-    """Where a run stands: optimiser steps done, epochs completed, batches done of the epoch after those."""
+    """Where a run stands: optimiser steps done, epochs completed, batches done of the epoch after those.
+
+    batch counts those of one process (of the longest share); recent: losses of the last steps, an epoch's at most.
+    """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    recent: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Observer(Protocol):
     def step_end(self, record: StepRecord) -> None: ...
     def epoch_end(self, record: EpochRecord) -> None: ...
     def finish(self, state: State) -> None: ...
+    def stopped(self, state: State) -> None: ...
 
 
 class Quiet:
@@ -68,3 +73,6 @@ class Quiet:
 
     def finish(self, state: State) -> None:
         """After the last step; not when the run was broken off."""
+
+    def stopped(self, state: State) -> None:
+        """Instead of `finish`, after the step in which the run was asked to stop."""

@@ -2,14 +2,17 @@
 
 Saving, previews, progress bars and trackers are observers; none is known here. Where the run stands is one object,
 `State`, and every random number is keyed, so a run that starts from a stored state continues the same sequence.
+
+With several processes all make the same number of steps: the longest share of batches sets it, and a process whose
+share has ended contributes an empty group.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -52,46 +55,47 @@ def train(
     rate: Rate | None = None,
     observers: Sequence[Observer] = (),
     state: State | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> State:
     """Train until `plan.max_steps`. `rate`: None leaves the optimiser's rates as they are.
 
+    stop: asked after every step; True, which must be the same on all processes, ends the run there.
     Raises UserError for an empty source or a loss that is not finite.
     """
     state = State() if state is None else state
-    if len(source) == 0:
+    batches = step.runtime.most(len(source))
+    if batches == 0:
         raise UserError("the data set has no batch to train on: check the folders and captions it names")
-    recent: deque[float] = deque(maxlen=plan.steps_per_epoch(len(source)))
     set_training(step.optimizer, True)
     for observer in observers:
         observer.start(state)
-    while state.step < plan.max_steps:
-        losses = []
-        for group in _groups(source, state, plan.accumulation):
-            record = _one(step, group, rate, state, recent)
-            losses.append(record.loss)
+    stopping = False
+    while state.step < plan.max_steps and not stopping:
+        for group in _groups(source, state, plan.accumulation, batches):
+            record = _one(step, group, rate, state, batches, plan)
             for observer in observers:
                 observer.step_end(record)
-            if state.step == plan.max_steps:
+            stopping = stop()
+            if stopping or state.step == plan.max_steps:
                 break
-        _end_epoch(state, len(source), plan, losses, observers)
+        if state.batch == batches:
+            _end_epoch(state, plan, observers)
     for observer in observers:
-        observer.finish(state)
+        (observer.stopped if stopping else observer.finish)(state)
     return state
 
 
-def _groups(source: BatchSource, state: State, size: int) -> Iterator[list[Batch]]:
-    """Micro-batches of each step to the end of the epoch."""
-    group: list[Batch] = []
-    for batch in source.epoch(state.epoch + 1, state.batch):
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
+def _groups(source: BatchSource, state: State, size: int, batches: int) -> Iterator[list[Batch]]:
+    """Micro-batches of each step to the end of the epoch; empty where other processes have some left."""
+    own, share = len(source), source.epoch(state.epoch + 1, state.batch)
+    for start in range(state.batch, batches, size):
+        group = list(islice(share, size))
+        if len(group) < min(size, own - start):
+            raise RuntimeError(f"the source promised {own} batches an epoch and gave {start + len(group)}")
         yield group
 
 
-def _one(step: Step, group: list[Batch], rate: Rate | None, state: State, recent: deque[float]) -> StepRecord:
+def _one(step: Step, group: list[Batch], rate: Rate | None, state: State, batches: int, plan: Plan) -> StepRecord:
     """Make one step and advance the state."""
     started = time.perf_counter()
     if rate is not None:
@@ -99,13 +103,13 @@ def _one(step: Step, group: list[Batch], rate: Rate | None, state: State, recent
     rates = group_rates(step.optimizer)
     result = step(group)
     state.step += 1
-    state.batch += len(group)
-    recent.append(result.loss)
+    state.batch = min(state.batch + plan.accumulation, batches)
+    state.recent = [*state.recent, result.loss][-plan.steps_per_epoch(batches) :]
     return StepRecord(
         step=state.step,
         epoch=state.epoch + 1,
         loss=result.loss,
-        average=sum(recent) / len(recent),
+        average=sum(state.recent) / len(state.recent),
         grad_norm=result.grad_norm,
         rates=rates,
         seconds=time.perf_counter() - started,
@@ -113,14 +117,10 @@ def _one(step: Step, group: list[Batch], rate: Rate | None, state: State, recent
     )
 
 
-def _end_epoch(state: State, batches: int, plan: Plan, losses: list[float], observers: Sequence[Observer]) -> None:
-    """Count a completed epoch and tell it; one that `max_steps` cut short is not completed."""
-    if state.batch < batches:
-        if state.step < plan.max_steps:
-            raise RuntimeError(f"the source promised {batches} batches an epoch and gave {state.batch}")
-        return
+def _end_epoch(state: State, plan: Plan, observers: Sequence[Observer]) -> None:
+    """Count a completed epoch and tell it: the recent losses are now the epoch's own."""
     state.epoch, state.batch = state.epoch + 1, 0
-    mean = sum(losses) / len(losses)
+    mean = sum(state.recent) / max(1, len(state.recent))
     record = EpochRecord(state.epoch, state.step, mean, last=state.step >= plan.max_steps)
     for observer in observers:
         observer.epoch_end(record)

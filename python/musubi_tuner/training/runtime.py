@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,10 @@ class Runtime(Protocol):
 
     def average(self, value: float) -> float:
         """The mean of `value` over the processes."""
+        ...
+
+    def most(self, value: int) -> int:
+        """The largest `value` of all processes."""
         ...
 
 
@@ -116,8 +120,27 @@ class LocalRuntime:
         if self.world == 1:
             return value
         shared = torch.tensor(value, dtype=torch.int64, device=self.device)
-        dist.broadcast(shared, 0)
+        with _together():
+            dist.broadcast(shared, 0)
         return int(shared)
+
+    def most(self, value: int) -> int:
+        if self.world == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.int64, device=self.device)
+        with _together():
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return int(shared)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs of this object: the loss scaler of fp16 and the count of steps left out."""
+        return {"skipped": self._skipped, "scaler": None if self._scaler is None else self._scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave; a scaler's part is left where there is none now."""
+        self._skipped = int(state.get("skipped", 0))
+        if self._scaler is not None and state.get("scaler"):
+            self._scaler.load_state_dict(dict(state["scaler"]))
 
     def close(self) -> None:
         """Leave the process group, at the end of a run."""
@@ -128,7 +151,8 @@ class LocalRuntime:
         if self.world == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        with _together():
+            dist.all_reduce(total)
         return float(total) / self.world
 
 
@@ -141,10 +165,27 @@ def average_gradients(parameters: Sequence[nn.Parameter], world: int) -> None:
         by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     for gradients in by_dtype.values():
         flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat)
+        with _together():
+            dist.all_reduce(flat)
         flat /= world
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run is gone, so none can go on."""
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """A call that all processes must make; what it raises when one of them is gone gets a sentence."""
+    try:
+        yield
+    except RuntimeError as fault:
+        raise ProcessLost(
+            "another process of this run has ended or cannot be reached, so this one ends too: look for that "
+            f"process's own message, mend it, and go on from the last state with --resume ({fault})"
+        ) from fault
 
 
 def launched(mixed_precision: str | None = None) -> LocalRuntime:

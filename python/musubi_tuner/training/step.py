@@ -60,7 +60,7 @@ class Step:
     """Everything that one optimiser step needs; call it with the micro-batches of the step.
 
     weight: w(t), None for 1. timestep_offset: the model is told t + offset / 1000; mixing and target use t.
-    max_grad_norm: 0 does not clip.
+    max_grad_norm: 0 does not clip. watch: told t [B] and the loss of each item [B] (`meters.Meters.losses`).
     """
 
     predict: Predict
@@ -71,22 +71,24 @@ class Step:
     weight: Weight | None = None
     timestep_offset: float = 0.0
     max_grad_norm: float = 1.0
+    watch: Callable[[Tensor, Tensor], None] | None = None
 
     def __call__(self, group: Sequence[Batch]) -> StepResult:
-        """Forward and backward over `group`, each item with the same weight, then one update.
+        """Forward and backward over `group`, each item of all processes with the same weight, then one update.
 
-        Raises UserError when the loss is not finite; the parameters are then as before the step.
+        The group may be empty where another process's is not. Raises UserError when the loss is not finite; the
+        parameters are then as before the step.
         """
-        items = sum(len(batch.items) for batch in group)
+        share = self.runtime.average(sum(len(batch.items) for batch in group))  # of the step's items, in the mean
         total = torch.zeros((), device=self.runtime.device)
         for batch in group:
-            part = self.loss(batch) * (len(batch.items) / items)
+            part = self.loss(batch) * (len(batch.items) / share)
             self.runtime.backward(part)
             total += part.detach()
         loss = self.runtime.average(float(total))
         if not math.isfinite(loss):
             self.optimizer.zero_grad(set_to_none=True)
-            raise UserError(f"the loss is {loss}: {_REMEDY} (items {', '.join(str(i) for i in group[0].items)} ...)")
+            raise UserError(f"the loss is {loss}: {_REMEDY} ({_named(group)})")
         return StepResult(loss, self.runtime.update(self.optimizer, self.parameters, self.max_grad_norm))
 
     def loss(self, batch: Batch) -> Tensor:
@@ -102,7 +104,15 @@ class Step:
         error = (v.to(torch.float32) - target) ** 2
         if self.weight is not None:
             error = error * path.expand(self.weight(t), error)
+        if self.watch is not None:
+            self.watch(t, error.detach().flatten(1).mean(1))
         return error.mean()
+
+
+def _named(group: Sequence[Batch]) -> str:
+    """The batches of a step, for a message."""
+    told = [f"batch {b.index} of epoch {b.epoch}: items {', '.join(map(str, b.items))}" for b in group[:4]]
+    return "; ".join(told) or "no batch of this process"
 
 
 _REMEDY = "lower --learning_rate, keep --max_grad_norm at 1, use bf16 rather than fp16, or check the cached latents"
