@@ -19,11 +19,11 @@ from musubi_kernels._op import Op
 
 @dataclass(frozen=True)
 class Plan:
-    """One call as it would be made: the op, its arguments, and its sizes in words."""
+    """One call as it would be made: the op, its arguments, and its sizes in words (made only when asked for)."""
 
     op: Op
     args: tuple[Any, ...]
-    sizes: str
+    sizes: Callable[[], str]
 
 
 _PLANNERS: Final[dict[Callable[..., Any], Callable[..., Plan]]] = {}
@@ -47,7 +47,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     choice = plan.op.choose(plan.args)
     chosen = _in_full(choice.backend)
     how = "pinned by MUSUBI_KERNELS" if choice.pinned else "first that can serve it"
-    sentence = f"{fn.__name__}: {chosen} ({how}): {plan.sizes}"
+    sentence = f"{fn.__name__}: {chosen} ({how}): {plan.sizes()}"
     others = [b for b in BACKENDS if b != choice.backend]
     reasons = {b: choice.refused.get(b) or plan.op.refusal(b, plan.args) for b in others}
     notes = [f"{b}: not used because {r}" if r else f"{b}: could serve it too" for b, r in reasons.items()]

@@ -30,6 +30,12 @@ inline const void* at(const Rows& m, int64_t row, int64_t col) {
 
 inline void copy_bytes(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, static_cast<size_t>(bytes)); }
 
+// A scale that all codes of an output share need not touch the weights: it multiplies the finished sum, which is exact
+// and cheaper. That holds for one scale per row in the forward and for one in all.
+inline bool scales_outputs(const LinearTask& task) {
+  return task.w.scale_block == 0 && (!task.transposed || task.w.scale_row == 0);
+}
+
 inline float scale_of(const Fp8Rows& w, int64_t n, int64_t k) {
   const int64_t i = n * w.scale_row + (k / w.block) * w.scale_block;
   return Vec::one(w.scale, w.scale_dtype, i);
@@ -135,7 +141,14 @@ class Multiply {
         contraction_(task.x.cols),
         rank_(task.low.data == nullptr ? 0 : task.low.cols),
         main_units_((contraction_ + Kernel::kPerUnit - 1) / Kernel::kPerUnit),
-        units_(main_units_ + (rank_ + Kernel::kPerUnit - 1) / Kernel::kPerUnit) {}
+        units_(main_units_ + (rank_ + Kernel::kPerUnit - 1) / Kernel::kPerUnit),
+        scale_late_(scales_outputs(task)),
+        weight_(task.w) {
+    if (!scale_late_) return;
+    weight_.scale = &kOne;
+    weight_.scale_dtype = Dtype::f32;
+    weight_.scale_row = 0;
+  }
 
   void run() {
     const int64_t fits = kPackedBytes / (4 * (units_ > 0 ? units_ : 1));
@@ -147,6 +160,7 @@ class Multiply {
 
  private:
   static constexpr int64_t kTile = kMaxVectors * Vec::W;
+  static constexpr float kOne = 1.0f;
 
   void part(int64_t first_row, int64_t rows) {
     first_row_ = first_row;
@@ -205,26 +219,40 @@ class Multiply {
     const int64_t stride = task_.transposed ? wide_ : kBlockUnits + 16;
     float* const weights = static_cast<float*>(scratch(Slot::panel, (kBlockUnits + 16) * wide_ * 4));
     float* const sums = static_cast<float*>(scratch(Slot::sums, vectors_ * Vec::W * wide_ * 4));
-    if (units_ == 0) {
-      for (int64_t i = 0; i < vectors_ * Vec::W * wide_; ++i) sums[i] = 0.0f;
-    }
+    if (units_ == 0) std::memset(sums, 0, static_cast<size_t>(vectors_ * Vec::W * wide_ * 4));
     for (int64_t u = 0; u < units_;) {
       const bool in_tail = u >= main_units_;
       const int64_t un = least(kBlockUnits, (in_tail ? units_ : main_units_) - u);
       in_tail ? fill_tail(j0, jn, weights, stride, u - main_units_) : fill(j0, jn, u, un, weights, stride);
       tiles(jn, u, un, weights, stride, sums);
       u += un;
+      if (u == main_units_ && scale_late_) scale_sums(j0, jn, sums);
     }
     finish(j0, jn, sums);
+  }
+
+  void scale_sums(int64_t j0, int64_t jn, float* sums) const {
+    for (int64_t start = 0; start < vectors_;) {
+      const int width = tile_vectors(vectors_ - start);
+      float* const tile = sums + start * Vec::W * wide_;
+      for (int64_t j = 0; j < jn; ++j) {
+        const auto factor = Vec::set1(scale_of(task_.w, task_.transposed ? 0 : j0 + j, 0));
+        float* const lanes = tile + j * width * Vec::W;
+        for (int v = 0; v < width; ++v) {
+          Vec::store(lanes + v * Vec::W, Vec::mul(Vec::load(lanes + v * Vec::W), factor));
+        }
+      }
+      start += width;
+    }
   }
 
   void fill(int64_t j0, int64_t jn, int64_t u, int64_t un, float* weights, int64_t stride) const {
     const int64_t c0 = u * Kernel::kPerUnit;
     const int64_t cn = least(un * Kernel::kPerUnit, contraction_ - c0);
     if (task_.transposed) {
-      Kernel::fill_gradient(task_.w, j0, jn, c0, cn, weights, stride);
+      Kernel::fill_gradient(weight_, j0, jn, c0, cn, weights, stride);
     } else {
-      Kernel::fill_forward(task_.w, j0, jn, c0, cn, weights, stride);
+      Kernel::fill_forward(weight_, j0, jn, c0, cn, weights, stride);
     }
   }
 
@@ -322,6 +350,8 @@ class Multiply {
   const int64_t rank_;
   const int64_t main_units_;
   const int64_t units_;
+  const bool scale_late_;
+  Fp8Rows weight_;  // as the panel sees it: with scales of one where they come late
   int64_t first_row_ = 0;
   int64_t rows_ = 0;
   int64_t vectors_ = 0;

@@ -76,8 +76,8 @@ def _plan(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Ten
     x = autocast(x)
     check_activation(x, n, k, q, "q")
     check_bias(bias, n, x)
-    sizes = f"M={rows_of(x)}, N={n}, K={k}, {mode} scales, {fmt.name}, x {x.dtype}"
-    return Plan(FORWARD, (x, q.detach().view(torch.uint8), scale.detach(), bias, fmt.name), sizes)
+    args = (x, q.detach().view(torch.uint8), scale.detach(), bias, fmt.name)
+    return Plan(FORWARD, args, lambda: f"M={rows_of(x)}, N={n}, K={k}, {mode} scales, {fmt.name}, x {x.dtype}")
 
 
 def fp8_linear(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

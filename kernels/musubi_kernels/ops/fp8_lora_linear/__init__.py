@@ -7,6 +7,7 @@ its 1/(1-p) already in it.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def _forward_fake(
     strength: float,
     fmt: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty((*x.shape[:-1], q.shape[0])), x.new_empty((x.shape[:-1].numel(), down.shape[0]))
+    return x.new_empty((*x.shape[:-1], q.shape[0])), x.new_empty((math.prod(x.shape[:-1]), down.shape[0]))
 
 
 def _backward_fake(
@@ -130,7 +131,11 @@ def _plan(
     mask = expand_mask(mask, x, down.shape[0])
     args = (x, q.detach().view(torch.uint8), scales.detach(), bias, down, up, mask, float(scale), fmt.name)
     rank = down.shape[0]
-    return Plan(FORWARD, args, f"M={rows_of(x)}, N={n}, K={k}, rank {rank}, {mode} scales, {fmt.name}, x {x.dtype}")
+    return Plan(
+        FORWARD,
+        args,
+        lambda: f"M={rows_of(x)}, N={n}, K={k}, rank {rank}, {mode} scales, {fmt.name}, x {x.dtype}",
+    )
 
 
 def fp8_lora_linear(

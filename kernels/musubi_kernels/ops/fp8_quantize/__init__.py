@@ -82,8 +82,11 @@ def _plan_quantize(
         raise ValueError(f"scale_dtype = {wanted}: use {', '.join(str(d) for d in SCALE_DTYPES)}")
     if wanted == torch.float16 and not _fits_float16(w, layout, block_size, largest):
         wanted = torch.float32
-    sizes = f"{list(w.shape)} {w.dtype} to {fmt}, {layout} scales in {wanted}"
-    return Plan(QUANTIZE, (w.detach(), layout, block_size, wanted, fmt, search or ""), sizes)
+    return Plan(
+        QUANTIZE,
+        (w.detach(), layout, block_size, wanted, fmt, search or ""),
+        lambda: f"{list(w.shape)} {w.dtype} to {fmt}, {layout} scales in {wanted}",
+    )
 
 
 def quantize_fp8(
@@ -142,8 +145,11 @@ def _plan_dequantize(q: torch.Tensor, scale: torch.Tensor, *, dtype: torch.dtype
     wanted = dtype or scale.dtype
     if wanted not in WEIGHT_DTYPES:
         raise ValueError(f"dtype = {wanted}: use bfloat16, float16 or float32")
-    sizes = f"{list(q.shape)} {fmt.name}, {mode} scales, to {wanted}"
-    return Plan(DEQUANTIZE, (q.detach().view(torch.uint8), scale.detach(), fmt.name, wanted), sizes)
+    return Plan(
+        DEQUANTIZE,
+        (q.detach().view(torch.uint8), scale.detach(), fmt.name, wanted),
+        lambda: f"{list(q.shape)} {fmt.name}, {mode} scales, to {wanted}",
+    )
 
 
 def dequantize_fp8(q: torch.Tensor, scale: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:

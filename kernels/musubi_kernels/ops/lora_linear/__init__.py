@@ -6,6 +6,7 @@ the low-rank activation [M, R]; the [M, N] product of the branch is added in pla
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def _forward_fake(
     mask: torch.Tensor | None,
     strength: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty((*x.shape[:-1], w.shape[0])), x.new_empty((x.shape[:-1].numel(), down.shape[0]))
+    return x.new_empty((*x.shape[:-1], w.shape[0])), x.new_empty((math.prod(x.shape[:-1]), down.shape[0]))
 
 
 def _backward_fake(
@@ -116,8 +117,12 @@ def _plan(
     check_bias(bias, n, x)
     check_low_rank(down, up, n, k, x)
     mask = expand_mask(mask, x, down.shape[0])
-    sizes = f"M={rows_of(x)}, N={n}, K={k}, rank {down.shape[0]}, w {w.dtype}, x {x.dtype}"
-    return Plan(FORWARD, (x, w, bias, down, up, mask, float(scale)), sizes)
+    rank = down.shape[0]
+    return Plan(
+        FORWARD,
+        (x, w, bias, down, up, mask, float(scale)),
+        lambda: f"M={rows_of(x)}, N={n}, K={k}, rank {rank}, w {w.dtype}, x {x.dtype}",
+    )
 
 
 def lora_linear(

@@ -1,0 +1,40 @@
+"""Fixtures of the kernel tests: every body that this machine has as a parameter, and the recorded FP8 cases."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from golden_data import REFERENCE
+from kernel_checks import Fp8Cases, bodies
+from musubi_kernels import _native
+from musubi_kernels._backends import missing
+
+
+@pytest.fixture(params=bodies())
+def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Pins one body for the test: the reference, or the compiled module with one instruction set."""
+    backend, _, isa = request.param.partition("-")
+    monkeypatch.setenv("MUSUBI_KERNELS", backend)
+    if isa:
+        monkeypatch.setenv(_native.ISA_VARIABLE, isa)
+    return request.param
+
+
+@pytest.fixture
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips where the compiled module is not built, and lets dispatch choose otherwise."""
+    reason = missing("native")
+    if reason:
+        pytest.skip(reason)
+    monkeypatch.delenv("MUSUBI_KERNELS", raising=False)
+
+
+@pytest.fixture(scope="session")
+def fp8_cases() -> Fp8Cases:
+    """The 443 recorded quantisations."""
+    folder = REFERENCE / "behaviour"
+    rows = json.loads((folder / "fp8_cases.json").read_text())["cases"]
+    return Fp8Cases(rows, load_file(folder / "fp8_cases.safetensors"))
