@@ -23,21 +23,26 @@ from musubi_tuner.training.step import KeyedDraws, Predict, Step
 
 
 @dataclass(frozen=True)
+class Cycle:
+    """`steps` steps under one rise and fall of the rate; a share of the batches holds clips."""
+
+    steps: int
+    rate: float
+    clip_share: float
+    images_first: float = 0.0
+    """Share of the steps before clips come in."""
+
+
+@dataclass(frozen=True)
 class DitRecipe:
     """What made the shipped DiT."""
 
     seed: int = 20261124
-    first_steps: int = 4200
-    images_only: float = 0.6
-    """Share of the first steps before clips come in."""
-    few_clips: float = 0.12
-    """Share of clip batches then."""
-    clip_steps: int = 2400
-    """Steps of the last part."""
-    most_clips: float = 0.7
-    """Share of clip batches in the last part."""
-    rate: float = 1.5e-3
-    clip_rate: float = 8e-4
+    cycles: tuple[Cycle, ...] = (
+        Cycle(steps=4200, rate=1.5e-3, clip_share=0.12, images_first=0.6),
+        Cycle(steps=2400, rate=8e-4, clip_share=0.7),
+        Cycle(steps=3600, rate=1e-3, clip_share=0.75),
+    )
     last_rate: float = 3e-5
     warmup: int = 150
     average: float = 0.999
@@ -45,24 +50,26 @@ class DitRecipe:
 
     @property
     def steps(self) -> int:
-        return self.first_steps + self.clip_steps
+        return sum(cycle.steps for cycle in self.cycles)
 
     def mix(self, batches: int) -> tuple[tuple[int, float], ...]:
         """(epoch, share of clip batches from it on) for epochs of `batches` steps."""
-        first = 1 + math.ceil(self.first_steps * self.images_only / batches)
-        return ((first, self.few_clips), (1 + math.ceil(self.first_steps / batches), self.most_clips))
+        starts, done = [], 0
+        for cycle in self.cycles:
+            starts.append((1 + math.ceil((done + cycle.steps * cycle.images_first) / batches), cycle.clip_share))
+            done += cycle.steps
+        return tuple(starts)
 
     def rate_at(self, step: int) -> float:
-        """In each of the two parts: linear warm-up, then half a cosine down to `last_rate`."""
-        if step < self.first_steps:
-            return self._part(step, self.first_steps, self.rate)
-        return self._part(step - self.first_steps, self.clip_steps, self.clip_rate)
-
-    def _part(self, step: int, steps: int, rate: float) -> float:
+        """In each cycle: linear warm-up, then half a cosine down to `last_rate`."""
+        for cycle in self.cycles:
+            if step < cycle.steps:
+                break
+            step -= cycle.steps
         if step < self.warmup:
-            return rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, steps - self.warmup)
-        return self.last_rate + (rate - self.last_rate) * 0.5 * (1 + math.cos(math.pi * done))
+            return cycle.rate * (step + 1) / self.warmup
+        done = min(1.0, (step - self.warmup) / max(1, cycle.steps - self.warmup))
+        return self.last_rate + (cycle.rate - self.last_rate) * 0.5 * (1 + math.cos(math.pi * done))
 
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         for group in optimizer.param_groups:
@@ -166,7 +173,7 @@ def pretrain(
     decayed = [p for p in parameters if p.ndim > 1]
     plain = [p for p in parameters if p.ndim <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(groups, lr=recipe.rate_at(0), betas=(0.9, 0.99))
     average = Average(dit, optimizer, recipe, file)
     step = Step(
         predict=predict,
