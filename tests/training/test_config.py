@@ -9,7 +9,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.fields import options_of
 from musubi_tuner.config.options import parse
 from musubi_tuner.families import registry
-from musubi_tuner.training import config
+from musubi_tuner.training import checks, config
 from musubi_tuner.training.config import OptimizerOptions, TimestepOptions
 
 CLI = json.loads((Path(__file__).parents[1] / "data/reference/behaviour/cli.json").read_text())
@@ -25,7 +25,7 @@ OTHER_DEFAULTS = {
     "output_name": "",
 }
 OWN = {"allow_prequantized", "attn_mode", "full_finetune", "model_config", "strict_cache", "t5_tokenizer"}
-OWN |= {"timestep_offset"}
+OWN |= {"timestep_offset", "fp8_mode", "fp8_block_size", "fp8_format", "fp8_exclude", "fp8_report"}
 REQUIRED = ["--dit", "a.safetensors", "--dataset_config", "d.toml", "--output_dir", "o", "--output_name", "n"]
 
 
@@ -95,11 +95,11 @@ def test_all_faults_of_the_combination_are_told_at_once():
         "tensorboard",
     ]
     with pytest.raises(UserError) as fault:
-        config.check(parsed(*words))
+        checks.check(parsed(*words))
     for part in ("fp8_base", "sageattn", "min_timestep = 900", "logging_dir"):
         assert part in str(fault.value)
 
 
 def test_what_fits_together_is_accepted():
-    config.check(parsed("--fp8_base", "--fp8_scaled", "--min_timestep", "100", "--max_timestep", "900"))
-    config.check(parsed("--fp8_base"))
+    checks.check(parsed("--fp8_base", "--fp8_scaled", "--min_timestep", "100", "--max_timestep", "900"))
+    checks.check(parsed("--fp8_base"))

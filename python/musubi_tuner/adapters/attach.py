@@ -5,8 +5,10 @@ multiplier, switching off for comparisons with the base, and `detach`, which res
 weights are untouched all along; merging is a matter of loading (`adapters.merge`).
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +21,16 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.nn.linear import Fp8Linear, set_module
 from musubi_tuner.weights.sources import some
 
-__all__ = ["AdapterSet", "NetworkArgs", "attach", "attach_tensors", "find_targets", "parse_network_args"]
+__all__ = ["AdapterSet", "NetworkArgs", "Norms", "attach", "attach_tensors", "find_targets", "parse_network_args"]
+
+
+@dataclass(frozen=True)
+class Norms:
+    """What `limit_norms` did. scaled: modules that were above; mean, largest: of the norms afterwards."""
+
+    scaled: int
+    mean: float
+    largest: float
 
 
 class AdapterSet:
@@ -87,6 +98,21 @@ class AdapterSet:
     def begin_step(self, seed: int, epoch: int, items: Sequence[int]) -> None:
         """Name the step whose dropout masks are drawn next. Needed only where some dropout is above 0."""
         self._key.begin_step(seed, epoch, tuple(items))
+
+    @torch.no_grad()
+    def limit_norms(self, maximum: float) -> Norms:
+        """Scale both factors of every module whose product has a Frobenius norm above `maximum` down to it.
+
+        The norm is that of `up @ down * alpha / rank`, without the multiplier; what is below stays as it is.
+        """
+        norms = [slot.norm() for slot in self._slots.values()]
+        for slot, norm in zip(self._slots.values(), norms, strict=True):
+            if norm > maximum:
+                root = math.sqrt(maximum / norm)
+                slot.up.mul_(root)
+                slot.down.mul_(root)
+        kept = [min(norm, maximum) for norm in norms]
+        return Norms(sum(norm > maximum for norm in norms), sum(kept) / len(kept), max(kept))
 
     @property
     def multiplier(self) -> float:

@@ -135,6 +135,12 @@ class LoraLinear(nn.Module):
         """What merging adds to the weight: float32 `[out, in]`."""
         return (self.scale * self.multiplier) * (self.up.detach().float() @ self.down.detach().float())
 
+    def norm(self) -> float:
+        """Frobenius norm of `up @ down * alpha / rank`, from the factors' Gram matrices: no `[out, in]` is made."""
+        up, down = self.up.detach().double(), self.down.detach().double()
+        squared = ((up.T @ up) * (down @ down.T)).sum()
+        return self.scale * math.sqrt(max(0.0, float(squared)))
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, multiplier={self.multiplier}"
 

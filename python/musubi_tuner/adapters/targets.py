@@ -147,9 +147,36 @@ def find_targets(model: nn.Module, targets: Targets, args: NetworkArgs | None = 
             len(chosen),
             len(candidates),
         )
+    _tell_idle((*args.exclude_patterns, *args.include_patterns), candidates)
+    _log.info("adapter targets:\n%s", table(candidates, chosen))
     if args.verbose:
-        _log.info("adapter targets: %s", ", ".join(chosen))
+        _log.info("targeted modules:\n  %s", "\n  ".join(chosen))
     return chosen
+
+
+def _tell_idle(patterns: Sequence[str], candidates: Sequence[str]) -> None:
+    """Warn of each pattern of the user that no linear layer matches."""
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in candidates):
+            _log.warning(
+                "pattern %r matches none of %d linear layers (%s); it must match the whole dotted path, e.g. '.*ffn.*'",
+                pattern,
+                len(candidates),
+                some(candidates, 3),
+            )
+
+
+def table(candidates: Sequence[str], chosen: Sequence[str]) -> str:
+    """What is targeted, a line for each kind of layer (block numbers as N): how many of how many."""
+    kinds: dict[str, list[int]] = {}
+    taken = set(chosen)
+    for path in candidates:
+        row = kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "N", path, count=1), [0, 0])
+        row[0] += path in taken
+        row[1] += 1
+    width = max(len(kind) for kind in kinds)
+    lines = [f"  {kind:<{width}}  {count:>4} of {total}" for kind, (count, total) in kinds.items()]
+    return "\n".join([*lines, f"  {'together':<{width}}  {len(chosen):>4} of {len(candidates)}"])
 
 
 def _candidates(model: nn.Module, block_classes: Sequence[str]) -> tuple[str, ...]:

@@ -1,24 +1,21 @@
-"""Options of training, one frozen dataclass per consumer; `faults` and `ineffective` judge them together.
-
-What can be known to be wrong before a model is loaded is in `faults`; an option that the user gave and that the chosen
-path never reads is named by `ineffective`.
-"""
+"""Options of training, one frozen dataclass per consumer; `training.checks` judges them together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.config.options import Resolved, option
+from musubi_tuner.config.options import option
 from musubi_tuner.data.batches import DataOptions
 from musubi_tuner.flow import timesteps
 from musubi_tuner.flow.timesteps import DISTRIBUTIONS, TimestepShape
 from musubi_tuner.flow.weighting import WEIGHTS
 from musubi_tuner.memory.placement import DTYPES, dtype_name
 from musubi_tuner.nn.attention import MODES
+from musubi_tuner.nn.compiling import CompileOptions
 from musubi_tuner.optim.schedules import SCHEDULES, steps_or_ratio
 
 SAVE_DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -32,6 +29,13 @@ class ModelOptions:
     fp8_base: bool = option(False, help="keep the frozen linear weights in FP8")
     fp8_scaled: bool = option(False, help="quantise them with block scales (needs fp8_base); without, a plain cast")
     allow_prequantized: bool = option(False, help="take FP8 checkpoints that other tools quantised as they are")
+    fp8_mode: str = option("block", help="what shares a scale in fp8_scaled", choices=("block", "channel", "tensor"))
+    fp8_block_size: int = option(64, help="values of a row that share a scale, with block", minimum=32, maximum=256)
+    fp8_format: str = option("e4m3", help="FP8 format: e4m3 is finer, e5m2 reaches further", choices=("e4m3", "e5m2"))
+    fp8_exclude: tuple[str, ...] = option(
+        (), help="parts of weight names to keep in high precision, beside the family's", metavar="TEXT"
+    )
+    fp8_report: bool = option(False, help="measure the error of every FP8 weight, log the worst, write all to a file")
     attn_mode: str = option(
         "sdpa",
         help="attention implementation",
@@ -63,6 +67,10 @@ class NetworkOptions:
     network_dropout: float | None = option(None, help="dropout of the low-rank activations", minimum=0, below=1)
     network_args: tuple[str, ...] = option((), help="key=value arguments of the adapter", metavar="KEY=VALUE")
     network_weights: str | None = option(None, help="LoRA file to start from", metavar="FILE")
+    dim_from_weights: bool = option(False, help="take every module's rank and alpha from network_weights")
+    scale_weight_norms: float | None = option(
+        None, help="after each step, scale every module's product down to this Frobenius norm", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,14 @@ class TimestepOptions:
     min_timestep: int | None = option(None, help="lower end of t x 1000 (1000 is noise)", minimum=0, maximum=999)
     max_timestep: int | None = option(None, help="upper end of t x 1000", minimum=1, maximum=1000)
     preserve_distribution_shape: bool = option(False, help="cut the distribution to the range instead of squeezing it")
+    num_timestep_buckets: int | None = option(
+        None, help="draw t from this many buckets equally often in an epoch; 0 and 1 do not", minimum=0
+    )
+    show_timesteps: str | None = option(
+        None,
+        help="show what would be sampled, as a PNG in output_dir or as text, and stop",
+        choices=("image", "console"),
+    )
     timestep_offset: float = option(
         0.0, help="added to the timestep (0..1000) that the model is told; 1 is what the established trainer does"
     )
@@ -130,6 +146,10 @@ class TimestepOptions:
         """The range of t in [0, 1]."""
         low = 0 if self.min_timestep is None else self.min_timestep
         return low / 1000, (1000 if self.max_timestep is None else self.max_timestep) / 1000
+
+    @property
+    def stratified(self) -> bool:
+        return (self.num_timestep_buckets or 0) > 1
 
     @property
     def shape(self) -> TimestepShape:
@@ -191,11 +211,25 @@ class LogOptions:
 
     logging_dir: str | None = option(None, help="folder of logs; each run gets a folder of its own", metavar="FOLDER")
     log_with: str | None = option(
-        None, help="tracker; tensorboard where logging_dir is given", choices=("tensorboard",)
+        None,
+        help="where numbers and previews go; tensorboard where logging_dir is given",
+        choices=("tensorboard", "wandb", "all"),
     )
     log_prefix: str | None = option(None, help="start of the run's folder name, before the date")
-    log_tracker_name: str | None = option(None, help="name of the tracker's folder inside it")
+    log_tracker_name: str | None = option(None, help="name of the tracker's folder inside it; project of wandb")
+    log_tracker_config: str | None = option(
+        None, help="TOML file; [tensorboard] and [wandb] are arguments of their writers", metavar="FILE"
+    )
+    wandb_run_name: str | None = option(None, help="name of the run in wandb")
+    wandb_api_key: str | None = option(None, help="key of wandb for this run; better in the variable WANDB_API_KEY")
     log_config: bool = option(False, help="write the option values to the tracker")
+
+    @property
+    def boards(self) -> tuple[str, ...]:
+        """tensorboard, wandb, both or none."""
+        if self.log_with == "all":
+            return ("tensorboard", "wandb")
+        return (self.log_with or "tensorboard",) if self.log_with or self.logging_dir else ()
 
 
 @dataclass(frozen=True)
@@ -221,86 +255,9 @@ GROUPS: tuple[type, ...] = (
     NetworkOptions,
     OptimizerOptions,
     RunOptions,
+    CompileOptions,
     TimestepOptions,
     SaveOptions,
     LogOptions,
     SampleOptions,
 )
-
-
-def check(options: Resolved) -> None:
-    """Raise one UserError with everything that the options alone tell to be impossible."""
-    faults = list(_faults(options))
-    if faults:
-        raise UserError("; ".join(faults))
-
-
-def _faults(options: Resolved) -> Iterator[str]:
-    model, times, samples = options[ModelOptions], options[TimestepOptions], options[SampleOptions]
-    if model.fp8_scaled and not model.fp8_base:
-        yield "--fp8_scaled says how --fp8_base quantises: give both, or neither"
-    if model.full_finetune and (model.fp8_base or options[NetworkOptions].network_weights):
-        yield "--full_finetune trains the weights themselves: leave out --fp8_base and --network_weights"
-    if model.attn_mode == "sageattn":
-        yield "attn_mode = sageattn has no backward pass: use sdpa or flash for training"
-    if len(model.base_weights_multiplier) > len(model.base_weights):
-        yield f"{len(model.base_weights_multiplier)} base_weights_multiplier for {len(model.base_weights)} base_weights"
-    if times.range[0] >= times.range[1]:
-        yield f"min_timestep = {times.min_timestep}, max_timestep = {times.max_timestep}: the first must be smaller"
-    every = samples.sample_every_n_steps or samples.sample_every_n_epochs or samples.sample_at_first
-    if samples.sample_prompts and not samples.vae:
-        yield "previews need a VAE: give --vae, or leave out --sample_prompts"
-    if every and not samples.sample_prompts:
-        yield "previews need prompts: give --sample_prompts, or leave out --sample_every_n_steps and the like"
-    if options[LogOptions].log_with and not options[LogOptions].logging_dir:
-        yield "log_with needs a place: give --logging_dir"
-
-
-def ineffective(options: Resolved) -> list[str]:
-    """One sentence for each option that the user gave and that nothing on the chosen path reads."""
-    return [f"{name} has no effect {why}" for name, why in _unread(options) if options.given(name)]
-
-
-def _unread(options: Resolved) -> Iterator[tuple[str, str]]:
-    times, rate, run = options[TimestepOptions], options[OptimizerOptions], options[RunOptions]
-    yield from _unread_timesteps(times)
-    curves = ("lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale")
-    row = SCHEDULES.get(rate.lr_scheduler.lower())
-    for name in (*curves, "lr_scheduler_min_lr_ratio"):
-        if rate.lr_scheduler_type:
-            yield name, f"with lr_scheduler_type = {rate.lr_scheduler_type}"
-        elif row is not None and name not in row.reads:
-            yield name, f"with lr_scheduler = {rate.lr_scheduler}"
-    if rate.lr_scheduler_type:
-        yield "lr_scheduler", "beside lr_scheduler_type"
-        yield "lr_warmup_steps", f"with lr_scheduler_type = {rate.lr_scheduler_type}"
-    if not run.gradient_checkpointing:
-        yield "gradient_checkpointing_cpu_offload", "without gradient_checkpointing"
-    if run.max_train_epochs is not None:
-        yield "max_train_steps", "beside max_train_epochs"
-    if options[ModelOptions].full_finetune:
-        for name in ("network_module", "network_dim", "network_alpha", "network_dropout", "network_args"):
-            yield name, "with full_finetune"
-    if not options[LogOptions].logging_dir:
-        for name in ("log_prefix", "log_tracker_name", "log_config"):
-            yield name, "without logging_dir"
-    if options[SampleOptions].sample_every_n_epochs is not None:
-        yield "sample_every_n_steps", "beside sample_every_n_epochs"
-
-
-def _unread_timesteps(times: TimestepOptions) -> Iterator[tuple[str, str]]:
-    sampler, scheme = times.timestep_sampling, times.weighting_scheme
-    reads = set(timesteps.READS[sampler])
-    if sampler == "sigma":
-        reads |= {"logit_normal": {"logit_mean", "logit_std"}, "mode": {"mode_scale"}}.get(scheme, set())
-    for name in ("discrete_flow_shift", "sigmoid_scale", "logit_mean", "logit_std", "mode_scale"):
-        if name not in reads:
-            yield (
-                name,
-                f"with timestep_sampling = {sampler}"
-                + (f" and weighting_scheme = {scheme}" if sampler == "sigma" and name != "discrete_flow_shift" else ""),
-            )
-    if sampler != "sigma" and scheme in ("logit_normal", "mode"):
-        yield "weighting_scheme", f"as a density: {scheme} shapes timestep_sampling = sigma, not {sampler}"
-    if times.range == (0.0, 1.0):
-        yield "preserve_distribution_shape", "without min_timestep or max_timestep"

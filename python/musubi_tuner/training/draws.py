@@ -1,12 +1,13 @@
 """The random numbers of a training step: noise, time and whatever is random inside the model.
 
-`Draws` is the seam where other numbers can come in (given ones, stratified ones). `KeyedDraws` is the house's: a number
-depends on (seed, epoch, item, purpose) alone, so batching, order, processes and resuming do not change it.
+`Draws` is the seam where other numbers can come in. `KeyedDraws` is the house's: a number depends on
+(seed, epoch, item, purpose) alone, so batching, order, processes and resuming do not change it. With `Buckets` the
+times of an epoch are stratified, each dataset by itself (`flow.strata`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.flow import keyed
+from musubi_tuner.flow.strata import stratified
 from musubi_tuner.flow.timesteps import Distribution, uniform
 
 if TYPE_CHECKING:
@@ -37,16 +39,51 @@ class Draws(Protocol):
 
 
 @dataclass(frozen=True)
+class Buckets:
+    """Stratified times: `buckets` of them. places: (dataset, position in it) of each item; counts: items by dataset."""
+
+    buckets: int
+    places: Sequence[tuple[int, int]]
+    counts: Mapping[int, int]
+
+    @staticmethod
+    def of(buckets: int | None, datasets: Sequence[int]) -> Buckets | None:
+        """Buckets for items whose dataset numbers are `datasets`; None for fewer than two buckets."""
+        if buckets is None or buckets < 2:
+            return None
+        counts: dict[int, int] = {}
+        places = []
+        for number in datasets:
+            places.append((number, counts.get(number, 0)))
+            counts[number] = counts.get(number, 0) + 1
+        return Buckets(buckets, places, counts)
+
+    def stratified(self, u: Tensor, seed: int, epoch: int, items: Sequence[int]) -> Tensor:
+        """u: [B] uniform draws of `items` -> stratified ones."""
+        moved = []
+        for draw, item in zip(u, items, strict=True):
+            if not 0 <= item < len(self.places):
+                raise ValueError(
+                    f"item {item} is not among the {len(self.places)} that the timestep buckets were made for"
+                )
+            dataset, position = self.places[item]
+            key = (seed, epoch, dataset, "timestep buckets")
+            moved.append(stratified(draw, torch.tensor(position), self.counts[dataset], self.buckets, *key))
+        return torch.stack(moved)
+
+
+@dataclass(frozen=True)
 class KeyedDraws:
     """Draws that depend on (seed, epoch, item) alone.
 
     distribution: latent shape [C, F, H, W] -> that of t. begin_step: told (seed, epoch, items) before every forward
-    pass, for keyed dropout (`AdapterSet.begin_step`).
+    pass, for keyed dropout (`AdapterSet.begin_step`). buckets: stratify t over the items of an epoch.
     """
 
     seed: int
     distribution: Callable[[Sequence[int]], Distribution] = lambda _shape: uniform()
     begin_step: Callable[[int, int, tuple[int, ...]], None] | None = None
+    buckets: Buckets | None = None
 
     def noise(self, batch: Batch) -> Tensor:
         shape = batch.latents.shape[1:]
@@ -54,6 +91,8 @@ class KeyedDraws:
 
     def t(self, batch: Batch) -> Tensor:
         u = torch.stack([keyed.uniform((), self.seed, batch.epoch, item, "t") for item in batch.items])
+        if self.buckets is not None:
+            u = self.buckets.stratified(u, self.seed, batch.epoch, batch.items)
         return self.distribution(batch.latents.shape[1:]).quantile(u)
 
     def begin(self, batch: Batch) -> None:

@@ -9,19 +9,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from musubi_tuner.adapters.attach import attach, attach_tensors, parse_network_args
+from musubi_tuner.adapters.attach import Norms, attach, attach_tensors, parse_network_args
 from musubi_tuner.adapters.files import load_lora
 from musubi_tuner.adapters.merge import LoraMerge
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import Dit, Family, FamilySpec
+from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.sampling.models import OpenDit, open_dit
+from musubi_tuner.training import fp8_report
 from musubi_tuner.training.checkpoint import Write, lora_file, model_file
 from musubi_tuner.training.config import ModelOptions, NetworkOptions
+from musubi_tuner.training.step import Predict
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
 
@@ -35,7 +40,8 @@ GROUP_NAMES = ("unet", "unet plus")
 
 @dataclass(frozen=True)
 class Trainable:
-    """What is trained. groups: for the optimizer, each with a name. write: saves it. begin_step: keys its dropout."""
+    """What is trained. groups: for the optimizer, each with a name. write: saves it. begin_step: keys its dropout.
+    limit_norms: scales what has grown too large."""
 
     groups: Sequence[Mapping[str, Any]]
     write: Write
@@ -43,6 +49,20 @@ class Trainable:
     rank: int | None = None
     alpha: float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    limit_norms: Callable[[], Norms] | None = None
+
+    def watch(self, optimizer: torch.optim.Optimizer, put: Callable[[Mapping[str, float]], None]) -> None:
+        """From now on limit the norms (`--scale_weight_norms`) after each step, and tell `put` of them."""
+        limit = self.limit_norms
+        if limit is None:
+            return
+
+        def after_step(*_: object) -> None:
+            norms = limit()
+            found = {"keys_scaled": norms.scaled, "average_key_norm": norms.mean, "max_key_norm": norms.largest}
+            put({f"max_norm/{name}": float(value) for name, value in found.items()})
+
+        optimizer.register_step_post_hook(after_step)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -59,20 +79,46 @@ def check_adapter(network: NetworkOptions, spec: FamilySpec) -> None:
         load_lora(network.network_weights)
 
 
-def open_model(family: Family, model: ModelOptions, config: Mapping[str, Any] | None) -> OpenDit:
-    """The transformer, looked at but not loaded, with `base_weights` matched. Raises UserError for what cannot be."""
+def open_model(family: Family, model: ModelOptions, config: Mapping[str, Any] | None, options: Any = None) -> OpenDit:
+    """The transformer, looked at but not loaded, with `base_weights` matched. Raises UserError for what cannot be.
+
+    options: the family's own group for the model.
+    """
     multipliers = (*model.base_weights_multiplier, *[1.0] * len(model.base_weights))
     merges = [LoraMerge.from_file(p, m, strict=True) for p, m in zip(model.base_weights, multipliers, strict=False)]
-    return open_dit(family, model.dit, merges=merges, config=config, attn_mode=model.attn_mode)
+    return open_dit(family, model.dit, merges=merges, config=config, options=options, attn_mode=model.attn_mode)
 
 
 def weight_policy(spec: FamilySpec, model: ModelOptions, dtype: torch.dtype) -> WeightPolicy:
     """FP8 for the family's targets where `fp8_base` says so; everything else in `dtype`."""
     if not model.fp8_base:
         return WeightPolicy(dtype)
-    return WeightPolicy(
-        dtype, Fp8Policy(spec.fp8, scaled=model.fp8_scaled, allow_prequantized=model.allow_prequantized)
+    fp8 = Fp8Policy(
+        spec.fp8,
+        mode=model.fp8_mode,  # type: ignore[arg-type]  # a choice of the option
+        block_size=model.fp8_block_size,
+        fmt=model.fp8_format,  # type: ignore[arg-type]  # the same
+        scaled=model.fp8_scaled,
+        allow_prequantized=model.allow_prequantized,
+        extra_exclude=model.fp8_exclude,
     )
+    return WeightPolicy(dtype, fp8)
+
+
+def report_fp8(dit: Dit, opened: OpenDit, folder: Path, name: str) -> None:
+    """The error of every FP8 weight of `dit`, to the log and to `NAME-fp8.tsv` (`training.fp8_report`)."""
+    with open_checkpoint(opened.path) as checkpoint:
+        rows = fp8_report.measure(dit, checkpoint, opened.family.rename_dit_key)
+    fp8_report.write(rows, folder / f"{name}-fp8.tsv")
+
+
+def predictor(family: Family, dit: Dit, blocks: Run = direct) -> Predict:
+    """A family's transformer as the step wants it."""
+
+    def predict(x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        return family.predict(dit, x_t, t, cond, run=blocks)
+
+    return predict
 
 
 def adapter(
@@ -82,10 +128,10 @@ def adapter(
     args = parse_network_args(network.network_args)
     rank = network.network_dim
     tensors = None if network.network_weights is None else load_lora(network.network_weights)[0]
-    if tensors is not None and rank is None:
+    if tensors is not None and (rank is None or network.dim_from_weights):
         drop = network.network_dropout
         adapters = attach_tensors(dit, tensors, dropout=drop, args=args, label=str(network.network_weights))
-        rank = adapters.modules[0].rank
+        rank = max(module.rank for module in adapters.modules)
     else:
         rank = rank or DEFAULT_RANK
         drop = network.network_dropout
@@ -101,7 +147,9 @@ def adapter(
     given = {pair.partition("=")[0].strip() for pair in network.network_args}
     arguments = {key: value for key, value in asdict(args).items() if key in given}
     alpha = adapters.modules[0].alpha
-    return Trainable(groups, lora_file(adapters, save_dtype), adapters.begin_step, rank, alpha, arguments)
+    limit = network.scale_weight_norms
+    limit_norms = None if limit is None else partial(adapters.limit_norms, limit)
+    return Trainable(groups, lora_file(adapters, save_dtype), adapters.begin_step, rank, alpha, arguments, limit_norms)
 
 
 def whole_model(dit: Dit, opened: OpenDit, *, rate: float, save_dtype: torch.dtype | None) -> Trainable:
