@@ -36,7 +36,14 @@ class WanFamily:
             return None
         return text.load_text_encoder(options.t5, options.t5_tokenizer, fp8=options.fp8_t5, device=device, dtype=dtype)
 
-    def load_vae(self, path: str, *, device: torch.device, dtype: torch.dtype) -> Vae:
+    def load_vae(
+        self,
+        path: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        options: Any = None,  # noqa: ARG002 the protocol's
+    ) -> Vae:
         """The causal VAE."""
         return vae.load_vae(path, device=device, dtype=dtype)
 
@@ -58,7 +65,12 @@ class WanFamily:
             raise TypeError(f"Wan encodes text with umt5, not with {type(encoders).__name__}")
         return [{"text": row} for row in encoders.encode([item.caption for item in items])]
 
-    def build_dit(self, header: Header, config: Mapping[str, Any] | None = None) -> Dit:
+    def build_dit(
+        self,
+        header: Header,
+        config: Mapping[str, Any] | None = None,
+        options: Any = None,  # noqa: ARG002 the protocol's
+    ) -> Dit:
         """The transformer on meta."""
         with torch.device("meta"):
             return WanModel(wan_config(header, config))
