@@ -32,13 +32,47 @@ def _wan_shapes(sizes: dict[str, object]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
-SHAPES: dict[str, Callable[[dict[str, object]], dict[str, tuple[int, ...]]]] = {"wan": _wan_shapes}
+def _hunyuan_video_shapes(sizes: dict[str, object]) -> dict[str, tuple[int, ...]]:
+    from musubi_tuner.families.hunyuan_video.model import HunyuanVideoConfig, HunyuanVideoModel
+
+    with torch.device("meta"):
+        model = HunyuanVideoModel(HunyuanVideoConfig(**sizes))  # type: ignore[arg-type]
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def _hunyuan_video_entry(tokens: int) -> dict[str, Tensor]:
+    """Features as the text cache has them: eight rows, the real ones first, something in the others."""
+    return {
+        "text": keyed.normal((8, 24), "tiny", "text", tokens),
+        "mask": (torch.arange(8) < tokens).long(),
+        "pooled": keyed.normal((12,), "tiny", "pooled", tokens),
+    }
+
+
+SHAPES: dict[str, Callable[[dict[str, object]], dict[str, tuple[int, ...]]]] = {
+    "wan": _wan_shapes,
+    "hunyuan_video": _hunyuan_video_shapes,
+}
 TINY: dict[str, Tiny] = {
     "wan": Tiny(
         {"dim": 64, "ffn_dim": 128, "num_heads": 2, "num_layers": 3, "text_dim": 24, "text_len": 6},
         lambda n: {"text": keyed.normal((n, 24), "tiny", "text", n)},
         (16, 2, 4, 6),
-    )
+    ),
+    "hunyuan_video": Tiny(
+        {
+            "hidden_size": 64,
+            "num_heads": 2,
+            "num_double_blocks": 2,
+            "num_single_blocks": 2,
+            "mlp_ratio": 2.0,
+            "text_dim": 24,
+            "pooled_text_dim": 12,
+            "rope_axes_dims": (8, 12, 12),
+        },
+        _hunyuan_video_entry,
+        (16, 2, 4, 6),
+    ),
 }
 
 

@@ -41,6 +41,8 @@ class Script:
 
     kind: str
     family: str
+    defaults: tuple[tuple[str, object], ...] = ()
+    """Option defaults of this script, over the family's."""
 
 
 KINDS = {
@@ -53,6 +55,11 @@ KINDS = {
 }
 
 SCRIPTS = {
+    "cache_latents": Script("cache_latents", "hunyuan_video"),
+    "cache_text_encoder_outputs": Script("cache_text", "hunyuan_video"),
+    "hv_train_network": Script("train", "hunyuan_video"),
+    "hv_train": Script("train", "hunyuan_video", (("full_finetune", True),)),
+    "hv_generate_video": Script("generate", "hunyuan_video"),
     "wan_cache_latents": Script("cache_latents", "wan"),
     "wan_cache_text_encoder_outputs": Script("cache_text", "wan"),
     "wan_train_network": Script("train", "wan"),
@@ -113,7 +120,7 @@ def _dispatch(words: Sequence[str]) -> int:
         console.configure()
         _find_kernels()
         return int(import_module(TOOLS[name][0]).main(list(rest)))
-    if name in SCRIPTS:
+    if name in SCRIPTS and not (name in KINDS and rest and not rest[0].startswith("-")):
         return _run_kind(SCRIPTS[name], rest, prog=f"musubi {name}")
     if name in KINDS:
         families = sorted({s.family for s in SCRIPTS.values() if s.kind == name})
@@ -156,7 +163,7 @@ def _run_kind(which: Script, argv: Sequence[str], *, prog: str) -> int:
         argv,
         prog=prog,
         description=f"{kind.title[0].upper()}{kind.title[1:]} ({which.family}).",
-        defaults=family.spec.option_defaults,
+        defaults={**family.spec.option_defaults, **dict(which.defaults)},
         elsewhere=known_elsewhere(established_name(which)),
     )
     console.configure()
@@ -185,7 +192,8 @@ def options_page() -> str:
             family = registry.get(which.family)
             own = family.option_groups(name)
             known = {field for group in (*shared, *own) for field in group.__dataclass_fields__}
-            changed = {k: v for k, v in family.spec.option_defaults.items() if k in known}
+            changed = {**family.spec.option_defaults, **dict(which.defaults)}
+            changed = {k: v for k, v in changed.items() if k in known}
             if not own and not changed:
                 continue
             lines += [f"## `musubi {name} {which.family}` (`{established_name(which)}`)", ""]

@@ -93,7 +93,7 @@ class ToyFamily:
     def load_encoders(self, options, *, device, dtype):
         return self.encoders
 
-    def load_vae(self, path, *, device, dtype):
+    def load_vae(self, path, *, device, dtype, options=None):
         return ToyVae()
 
     def encode_latents(self, items, vae, encoders=None):
@@ -103,7 +103,7 @@ class ToyFamily:
         encoders.asked += [item.caption for item in items]
         return [{"text": torch.tensor([number_of(item.caption)])} for item in items]
 
-    def build_dit(self, header, config=None):
+    def build_dit(self, header, config=None, options=None):
         with torch.device("meta"):
             return ToyDit()
 

@@ -49,7 +49,7 @@ def world(tmp_path, toy):
             self.loaded += ("encoders",)
             return super().load_encoders(options, device=device, dtype=dtype)
 
-        def load_vae(self, path, *, device, dtype):
+        def load_vae(self, path, *, device, dtype, options=None):
             self.loaded += ("vae",)
             return super().load_vae(path, device=device, dtype=dtype)
 

@@ -51,7 +51,7 @@ def stage(tmp_path, toy):
         def option_groups(self, command):
             return (EncoderOptions,)
 
-        def load_vae(self, path, *, device, dtype):
+        def load_vae(self, path, *, device, dtype, options=None):
             return WatchedVae(toy.Vae())
 
     class Stage:

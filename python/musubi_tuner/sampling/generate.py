@@ -20,7 +20,7 @@ from torch import Tensor
 from musubi_tuner.adapters.merge import LoraMerge
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
-from musubi_tuner.families.base import Family, Vae
+from musubi_tuner.families.base import Family, SamplingDefaults, Vae
 from musubi_tuner.memory.placement import DTYPES, choose_device, release
 from musubi_tuner.sampling import outputs
 from musubi_tuner.sampling.models import OpenDit, Prompts, encode_prompts, open_dit, read_model_config, weight_policy
@@ -69,7 +69,7 @@ def run(family: Family, options: Resolved) -> None:
     release(device)
     log.info("%d sampled in %.1f s", len(samples), time.monotonic() - started)
     if writer.wants_pixels:
-        vae = _load_vae(family, options[ModelOptions], device)
+        vae = _load_vae(family, options, device)
         for request, stem, latents in samples:
             writer.pixels(request, stem, _decoded(vae, latents, device))
 
@@ -88,7 +88,7 @@ def decode_files(family: Family, options: Resolved) -> None:
                 f"{family.spec.latents.channels}"
             )
     device = choose_device(options[ModelOptions].device)
-    vae = _load_vae(family, options[ModelOptions], device)
+    vae = _load_vae(family, options, device)
     names = {field.name for field in fields(Request)}
     for latents, values in stored:
         known = {name: value for name, value in values.items() if name in names}
@@ -114,7 +114,8 @@ def make_requests(family: Family, options: Resolved) -> list[Request]:
     for entry in entries:
         seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
         try:
-            request = Request(**({"seed": seed} | common | entry.given()))
+            said = entry.given(embedded=common["embedded_guidance"] is not None)
+            request = Request(**({"seed": seed} | common | said))
             request.shape(family.spec.latents)
         except UserError as fault:
             faults.append(str(fault) if chosen.from_file is None else f"{entry.where}: {fault}")
@@ -138,9 +139,17 @@ def _common_values(family: Family, options: Resolved) -> dict[str, Any]:
         "fps": _or(chosen.fps, task.fps),
         "steps": _or(solver.infer_steps, task.steps),
         "guidance": _or(solver.guidance_scale, task.guidance),
+        "embedded_guidance": _embedded(task, solver.embedded_cfg_scale),
         "shift": _or(solver.flow_shift, _or(task.shift, 1.0)),
         "solver": _or(solver.sample_solver, task.solver),
     }
+
+
+def _embedded(task: SamplingDefaults, chosen: float | None) -> float | None:
+    """The guidance that the transformer is told; None where it has no such input, which a given one is told."""
+    if task.embedded_guidance is None and chosen is not None:
+        log.warning("--embedded_cfg_scale has no effect: this model has no embedded guidance; see --guidance_scale")
+    return None if task.embedded_guidance is None else _or(chosen, task.embedded_guidance)
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -181,7 +190,9 @@ def _open(family: Family, options: Resolved) -> OpenDit:
         for path, multiplier in zip(lora.lora_weight, multipliers, strict=True)
     ]
     config = read_model_config(options.as_dict().get("model_config"))
-    return open_dit(family, chosen.dit, merges=merges, config=config, attn_mode=chosen.attn_mode)
+    own = [options[group] for group in family.option_groups("generate")][1:]
+    more = {"options": own[0] if own else None, "attn_mode": chosen.attn_mode}
+    return open_dit(family, chosen.dit, merges=merges, config=config, **more)
 
 
 def _sample(
@@ -196,9 +207,10 @@ def _sample(
     return found
 
 
-def _load_vae(family: Family, chosen: ModelOptions, device: torch.device) -> Vae:
+def _load_vae(family: Family, options: Resolved, device: torch.device) -> Vae:
+    chosen, own = options[ModelOptions], [options[group] for group in family.option_groups("generate")]
     dtype = DTYPES[chosen.vae_dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    return family.load_vae(str(chosen.vae), device=device, dtype=dtype)
+    return family.load_vae(str(chosen.vae), device=device, dtype=dtype, options=own[0] if own else None)
 
 
 def _decoded(vae: Vae, latents: Tensor, device: torch.device) -> Tensor:

@@ -138,15 +138,16 @@ def open_dit(
     *,
     merges: Sequence[Merge] = (),
     config: Mapping[str, Any] | None = None,
+    options: Any = None,
     attn_mode: str = "sdpa",
 ) -> OpenDit:
-    """Build the transformer of a checkpoint on meta and match `merges` with it.
+    """Build the transformer of a checkpoint on meta and match `merges` with it; `options`: the family's own group.
 
     Raises UserError for what is no checkpoint of this family, for adapters that do not apply and for an attention
     library that is not installed.
     """
     with open_checkpoint(path) as checkpoint:
-        dit = family.build_dit(checkpoint.header, config)
+        dit = family.build_dit(checkpoint.header, config, options)
     set_mode(dit, attn_mode)
     shapes = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
     return OpenDit(family, path, dit, tuple(_Bound(merge.bind(shapes)) for merge in merges))

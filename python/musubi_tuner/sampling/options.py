@@ -82,6 +82,9 @@ class SolverOptions:
     guidance_scale: float | None = option(
         None, help="scale of classifier-free guidance; 1 turns it off and halves the time; the task's if not given"
     )
+    embedded_cfg_scale: float | None = option(
+        None, help="guidance that a distilled transformer is told as an input; the task's if not given", minimum=0
+    )
     flow_shift: float | None = option(
         None, help="more than 1 spends more steps near noise; the task's if not given", above=0
     )

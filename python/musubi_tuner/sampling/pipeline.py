@@ -5,7 +5,7 @@ that is loaded (with or without adapters) and renders any number of requests wit
 have one size; what a request gives does not depend on its neighbours but for the rounding of batched products.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -111,8 +111,8 @@ class Sampler:
         """Latents of requests that differ in prompt and seed only."""
         first = group[0]
         solver = solvers.get(first.solver)
-        with_prompt = [prompts[r.prompt] for r in group]
-        without = [prompts[r.negative] for r in group] if first.guided else []
+        with_prompt = [_entry(r, prompts[r.prompt]) for r in group]
+        without = [_entry(r, prompts[r.negative]) for r in group] if first.guided else []
         collate, joint = self.family.collate, self.joint and first.guided
         noise = torch.stack([initial_noise(r, self.family.spec) for r in group])
         with evaluating(self.dit):
@@ -182,6 +182,12 @@ def _batches(requests: Sequence[Request], batch: int) -> Iterator[list[Request]]
     for _, group in groupby(requests, key=lambda r: replace(r, prompt="", negative="", seed=0)):
         same = list(group)
         yield from (same[start : start + batch] for start in range(0, len(same), batch))
+
+
+def _entry(request: Request, condition: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The condition of a text, with the guidance that the transformer is told."""
+    told = request.embedded_guidance
+    return condition if told is None else {**condition, "guidance": torch.tensor(told, dtype=torch.float32)}
 
 
 def _numbers(done: int, count: int) -> str:

@@ -36,14 +36,22 @@ class PromptEntry:
     seed: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    embedded_guidance: float | None = None
     shift: float | None = None
     negative: str | None = None
     unserved: tuple[str, ...] = ()
 
-    def given(self) -> dict[str, Any]:
-        """What the entry says, by the names of `Request`."""
+    def given(self, *, embedded: bool = False) -> dict[str, Any]:
+        """What the entry says, by the names of `Request`.
+
+        embedded: the transformer has embedded guidance; otherwise its scale stands for the one that is not given.
+        """
         skipped = ("where", "unserved")
-        return {f.name: v for f in fields(self) if f.name not in skipped and (v := getattr(self, f.name)) is not None}
+        said = {f.name: v for f in fields(self) if f.name not in skipped and (v := getattr(self, f.name)) is not None}
+        if not embedded and "embedded_guidance" in said:
+            said.setdefault("guidance", said.pop("embedded_guidance"))
+            said.pop("embedded_guidance", None)
+        return said
 
 
 LINE_OPTIONS: Mapping[str, str] = {
@@ -52,12 +60,12 @@ LINE_OPTIONS: Mapping[str, str] = {
     "f": "frames",
     "d": "seed",
     "s": "steps",
-    "g": "guidance",
+    "g": "embedded_guidance",
     "l": "guidance",
     "fs": "shift",
     "n": "negative",
 }
-"""Options of a line, by the field they set. `l` (the scale of classifier-free guidance) wins over `g`."""
+"""Options of a line, by the field they set; `l` is the scale of classifier-free guidance."""
 
 LINE_UNSERVED = ("i", "ei", "im", "cn", "ci", "cim", "of", "vs", "m", "mcrr", "mct", "mck")
 
@@ -70,11 +78,11 @@ TABLE_KEYS: Mapping[str, str] = {
     "fps": "fps",
     "seed": "seed",
     "sample_steps": "steps",
-    "guidance_scale": "guidance",
+    "guidance_scale": "embedded_guidance",
     "cfg_scale": "guidance",
     "discrete_flow_shift": "shift",
 }
-"""Keys of a TOML or JSON entry. `cfg_scale` wins over `guidance_scale`."""
+"""Keys of a TOML or JSON entry."""
 
 TABLE_UNSERVED = (
     "enum",

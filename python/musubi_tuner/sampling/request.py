@@ -23,7 +23,8 @@ class Request:
     """One thing to sample. Raises UserError for values that no family could serve.
 
     guidance: scale of classifier-free guidance; 1 turns it off, and `negative` is then not looked at. shift: of the
-    time grid. solver: a name of `flow.solvers.SOLVERS`. fps: of a written video.
+    time grid. solver: a name of `flow.solvers.SOLVERS`. fps: of a written video. embedded_guidance: what the
+    transformer is told, None where it has no such input.
     """
 
     prompt: str
@@ -37,6 +38,7 @@ class Request:
     shift: float = 5.0
     solver: str = "unipc"
     negative: str = ""
+    embedded_guidance: float | None = None
 
     def __post_init__(self) -> None:
         rules = (

@@ -63,9 +63,10 @@ def encode(family: Family, options: Resolved, *, device: torch.device) -> Encode
     if chosen.sample_prompts is None or chosen.vae is None:
         raise UserError("previews need --sample_prompts and --vae")
     requests = preview_requests(family.spec, options, read_prompts(chosen.sample_prompts))
-    vae = family.load_vae(chosen.vae, device=torch.device("cpu"), dtype=_vae_dtype(options, device))
     own = family.option_groups("train")
     encoder_options = options[own[0]] if own else None
+    dtype = _vae_dtype(options, device)
+    vae = family.load_vae(chosen.vae, device=torch.device("cpu"), dtype=dtype, options=encoder_options)
     prompts = encode_prompts(family, encoder_options, requests, device=device, dtype=torch.bfloat16)
     return Encoded(requests, prompts, vae)
 
@@ -87,11 +88,12 @@ def preview_requests(spec: FamilySpec, options: Resolved, entries: Sequence[Prom
             "steps": STEPS,
             "fps": task.fps,
             "guidance": task.guidance,
+            "embedded_guidance": task.embedded_guidance,
             "shift": 1.0 if task.shift is None else task.shift,
             "solver": task.solver,
         }
         try:
-            asked = Request(**(values | entry.given()))
+            asked = Request(**(values | entry.given(embedded=task.embedded_guidance is not None)))
         except UserError as fault:
             raise UserError(f"{entry.where}: {fault}") from fault
         request = fitted(asked, spec.latents)

@@ -61,7 +61,7 @@ def _cached(repo: str) -> Path | None:
 def load_t5_tokenizer(folder: Path) -> Any:
     """A tokenizer of T5's kind (`<pad>`, `</s>` at the end of every text). Raises UserError for files of another."""
     if (folder / "tokenizer.json").is_file():
-        tokenizer = _from_json(folder)
+        tokenizer = load_json_tokenizer(folder, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     else:
         from transformers import T5TokenizerFast
 
@@ -72,7 +72,11 @@ def load_t5_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _from_json(folder: Path) -> Any:
+def load_json_tokenizer(folder: Path, **special: str) -> Any:
+    """The tokenizer of `tokenizer.json` in `folder`, exactly as the file says; `special` names its special tokens.
+
+    Raises UserError where the file is not there or not whole.
+    """
     from transformers import PreTrainedTokenizerFast
 
     file = folder / "tokenizer.json"
@@ -80,6 +84,4 @@ def _from_json(folder: Path) -> Any:
         json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"tokenizer {file} cannot be read ({error}); download it again") from error
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(file), pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
-    )
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), padding_side="right", **special)

@@ -1,0 +1,10 @@
+"""Train all weights of HunyuanVideo: `musubi train hunyuan_video --full_finetune` under its established name."""
+
+import sys
+
+if not __package__:  # run by file path: the packages are found beside this file's folder
+    sys.path[0] = __file__.rsplit("musubi_tuner", 1)[0]
+from musubi_tuner.cli import script
+
+if __name__ == "__main__":
+    script("hv_train")
