@@ -1,4 +1,4 @@
-"""`--num_timestep_buckets`: every case of the reference data in its documented form, keyed, over processes and resumes."""
+"""`--num_timestep_buckets`: every case of the reference data in its documented form; keyed over processes, resumes."""
 
 import json
 from collections import Counter

@@ -36,7 +36,7 @@ def test_shares_are_those_of_the_distribution(tmp_path):
 def test_stratified_draws_are_shown_as_they_fall(tmp_path):
     words = ["--timestep_sampling", "uniform", "--num_timestep_buckets", "25"]
     found = histogram(options(tmp_path, *words)[TimestepOptions], FAMILY.spec, 1)
-    assert torch.equal(found.shares, torch.full((ROWS,), 1 / ROWS))
+    assert torch.equal(found.shares, torch.full((ROWS,), 1 / ROWS, dtype=torch.float64))
     assert "25 buckets" in text(found)
 
 
