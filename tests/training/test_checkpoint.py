@@ -14,6 +14,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.families import registry
 from musubi_tuner.training.checkpoint import Names, Saver, lora_file, model_file, output_folder, output_name
 from musubi_tuner.training.events import EpochRecord, State, StepRecord
+from musubi_tuner.training.retention import Retention
 from tiny_models import header_of, tiny_dit
 
 FAMILY = registry.get("wan")
@@ -46,7 +47,7 @@ def saver(tmp_path):
     def metadata(step, epoch):
         return {"step": str(step), "epoch": str(epoch)}
 
-    return Saver(Names(tmp_path, "study"), write, metadata, optimizer, 2, 3), written, optimizer
+    return Saver(Names(tmp_path, "study"), write, metadata, optimizer, Retention(2, 3)), written, optimizer
 
 
 def test_files_come_when_asked_for_and_are_written_from_the_evaluation_weights(saver):

@@ -1,16 +1,20 @@
 """When and what a run saves: `name-000004.safetensors` after epochs, `name-step00000250.safetensors` after steps, and
 `name.safetensors` at the end. Files are whole or absent; the names are frozen, since users' scripts look for them.
 
-A `Saved` turns the trained thing into a file: `lora_file` for adapters, `model_file` for all weights in the layout of
-the checkpoint they came from. Resumable states are another matter, for which `State` is the one object to store.
+A `Write` turns the trained thing into a file: `lora_file` for adapters, `model_file` for all weights in the layout of
+the checkpoint they came from. States that a run can go on from are folders beside the files, `name-000004-state` and so
+on (`training.state`). The disk is asked for room before anything is written, and old files go only after new ones are
+whole; when writing fails the message says which earlier ones are.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,8 @@ from musubi_tuner.adapters.files import save_lora
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.optim.build import evaluating
 from musubi_tuner.training.events import EpochRecord, Quiet, State, StepRecord
+from musubi_tuner.training.retention import Retention
+from musubi_tuner.training.state import remove_state, require_space
 from musubi_tuner.weights.reader import Header
 from musubi_tuner.weights.write import atomic_save_safetensors, data_sha256
 
@@ -47,35 +53,110 @@ class Names:
         return self.folder / f"{self.name}.safetensors"
 
 
-@dataclass(frozen=True)
+class States(Protocol):
+    """Writes the state of a run."""
+
+    def size(self) -> int:
+        """Bytes that a state needs, nearly."""
+        ...
+
+    def write(self, folder: Path, state: State) -> None:
+        """Write the run's state as it is, complete or not at all."""
+        ...
+
+
+def state_of(file: Path) -> Path:
+    """The state folder that belongs to a saved file."""
+    return file.with_name(f"{file.stem}-state")
+
+
+@dataclass
 class Saver(Quiet):
     """Saves after every n-th epoch (but the last) and step, and at the end.
 
     metadata: (step, epoch) -> entries. optimizer: switched to the weights that are to be saved while they are written.
+    size: bytes of a file, nearly. keep_states: a state with every file; last_state: one at the end. Asked to stop, it
+    writes a state in any case where `states` is given.
     """
 
     names: Names
     write: Write
     metadata: Callable[[int, int], Mapping[str, str]]
     optimizer: torch.optim.Optimizer
-    every_epochs: int | None = None
-    every_steps: int | None = None
+    keep: Retention = field(default_factory=Retention)
+    size: int = 0
+    states: States | None = None
+    keep_states: bool = False
+    last_state: bool = False
+    state: State = field(default_factory=State)
+    whole: list[Path] = field(default_factory=list)
+    """What this run has saved and not removed again."""
+
+    def start(self, state: State) -> None:
+        self.state = state
 
     def step_end(self, record: StepRecord) -> None:
-        if self.every_steps and record.step % self.every_steps == 0:
-            self._save(self.names.step(record.step), record.step, record.epoch)
+        every = self.keep.every_steps
+        if not every or record.step % every:
+            return
+        self._save(self.names.step(record.step), record.step, record.epoch, with_state=self.keep_states)
+        self._remove(self.keep.old_step(record.step), self.names.step)
+        self._remove(self.keep.old_step(record.step, state=True), lambda step: state_of(self.names.step(step)))
 
     def epoch_end(self, record: EpochRecord) -> None:
-        if self.every_epochs and record.epoch % self.every_epochs == 0 and not record.last:
-            self._save(self.names.epoch(record.epoch), record.step, record.epoch)
+        every = self.keep.every_epochs
+        if not every or record.epoch % every or record.last:
+            return
+        self._save(self.names.epoch(record.epoch), record.step, record.epoch, with_state=self.keep_states)
+        self._remove(self.keep.old_epoch(record.epoch), self.names.epoch)
+        self._remove(self.keep.old_epoch(record.epoch, state=True), lambda epoch: state_of(self.names.epoch(epoch)))
 
     def finish(self, state: State) -> None:
-        self._save(self.names.last, state.step, state.epoch)
+        self._save(self.names.last, state.step, state.epoch, with_state=self.keep_states or self.last_state)
 
-    def _save(self, path: Path, step: int, epoch: int) -> None:
-        with evaluating(self.optimizer):
-            self.write(path, self.metadata(step, epoch))
+    def stopped(self, state: State) -> None:
+        if self.states is not None:
+            folder = state_of(self.names.step(state.step))
+            if folder not in self.whole:
+                self._save_state(folder)
+            log.warning("stopped after step %d; go on with --resume %s", state.step, folder)
+
+    def _save(self, path: Path, step: int, epoch: int, *, with_state: bool) -> None:
+        with self._told():
+            require_space(self.names.folder, self.size)
+            with evaluating(self.optimizer):
+                self.write(path, self.metadata(step, epoch))
+        self.whole.append(path)
         log.info("saved %s", path)
+        if with_state:
+            self._save_state(state_of(path))
+
+    def _save_state(self, folder: Path) -> None:
+        if self.states is None:
+            return
+        with self._told():
+            require_space(self.names.folder, self.states.size())
+            self.states.write(folder, self.state)
+        self.whole.append(folder)
+        log.info("saved %s", folder)
+
+    def _remove(self, number: int | None, path_of: Callable[[int], Path]) -> None:
+        if number is None or not (path := path_of(number)).exists():
+            return
+        remove_state(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.whole = [other for other in self.whole if other != path]
+        log.info("removed %s, which the newer ones replace", path)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Adds to a failed write what is whole on the disk, and how to go on from it."""
+        try:
+            yield
+        except UserError as fault:
+            states = [path for path in self.whole if path.is_dir()]
+            safe = f"; whole are {', '.join(p.name for p in self.whole[-3:])}" if self.whole else ""
+            go_on = f"; go on with --resume {states[-1]}" if states else ""
+            raise UserError(f"{fault}{safe}{go_on}") from fault
 
 
 def lora_file(adapters: AdapterSet, dtype: torch.dtype | None) -> Write:
@@ -100,6 +181,12 @@ def model_file(
         atomic_save_safetensors(path, tensors, {**header.metadata, **metadata, **digest})
 
     return write
+
+
+def file_bytes(parameters: Sequence[Tensor], dtype: torch.dtype | None) -> int:
+    """Bytes of a file of `parameters`, nearly."""
+    width = None if dtype is None else dtype.itemsize
+    return sum(p.numel() * (width or p.element_size()) for p in parameters) + (1 << 16)
 
 
 def output_folder(path: str) -> Path:

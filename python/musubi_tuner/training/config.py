@@ -17,6 +17,7 @@ from musubi_tuner.memory.placement import DTYPES, dtype_name
 from musubi_tuner.nn.attention import MODES
 from musubi_tuner.nn.compiling import CompileOptions
 from musubi_tuner.optim.schedules import SCHEDULES, steps_or_ratio
+from musubi_tuner.training.retention import StateOptions
 
 SAVE_DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -258,6 +259,7 @@ GROUPS: tuple[type, ...] = (
     CompileOptions,
     TimestepOptions,
     SaveOptions,
+    StateOptions,
     LogOptions,
     SampleOptions,
 )

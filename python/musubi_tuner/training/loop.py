@@ -72,7 +72,7 @@ def train(
     stopping = False
     while state.step < plan.max_steps and not stopping:
         for group in _groups(source, state, plan.accumulation, batches):
-            record = _one(step, group, rate, state, batches, plan)
+            record = _one(step, group, rate, state, batches=batches, plan=plan)
             for observer in observers:
                 observer.step_end(record)
             stopping = stop()
@@ -95,7 +95,7 @@ def _groups(source: BatchSource, state: State, size: int, batches: int) -> Itera
         yield group
 
 
-def _one(step: Step, group: list[Batch], rate: Rate | None, state: State, batches: int, plan: Plan) -> StepRecord:
+def _one(step: Step, group: list[Batch], rate: Rate | None, state: State, *, batches: int, plan: Plan) -> StepRecord:
     """Make one step and advance the state."""
     started = time.perf_counter()
     if rate is not None:

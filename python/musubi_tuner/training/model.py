@@ -41,7 +41,7 @@ GROUP_NAMES = ("unet", "unet plus")
 @dataclass(frozen=True)
 class Trainable:
     """What is trained. groups: for the optimizer, each with a name. write: saves it. begin_step: keys its dropout.
-    limit_norms: scales what has grown too large."""
+    limit_norms: scales what has grown too large. named: the trained tensors by their names in a state."""
 
     groups: Sequence[Mapping[str, Any]]
     write: Write
@@ -50,6 +50,7 @@ class Trainable:
     alpha: float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     limit_norms: Callable[[], Norms] | None = None
+    named: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
     def watch(self, optimizer: torch.optim.Optimizer, put: Callable[[Mapping[str, float]], None]) -> None:
         """From now on limit the norms (`--scale_weight_norms`) after each step, and tell `put` of them."""
@@ -149,7 +150,16 @@ def adapter(
     alpha = adapters.modules[0].alpha
     limit = network.scale_weight_norms
     limit_norms = None if limit is None else partial(adapters.limit_norms, limit)
-    return Trainable(groups, lora_file(adapters, save_dtype), adapters.begin_step, rank, alpha, arguments, limit_norms)
+    return Trainable(
+        groups,
+        lora_file(adapters, save_dtype),
+        adapters.begin_step,
+        rank,
+        alpha,
+        arguments,
+        limit_norms,
+        named=dict(adapters.named_parameters()),
+    )
 
 
 def whole_model(dit: Dit, opened: OpenDit, *, rate: float, save_dtype: torch.dtype | None) -> Trainable:
@@ -160,4 +170,5 @@ def whole_model(dit: Dit, opened: OpenDit, *, rate: float, save_dtype: torch.dty
     parameters = list(dit.parameters())
     log.info("training all %s parameters", f"{sum(p.numel() for p in parameters):,}")
     group = {"params": parameters, "lr": rate, "name": "all"}
-    return Trainable([group], model_file(dit, header, opened.family.rename_dit_key, save_dtype))
+    write = model_file(dit, header, opened.family.rename_dit_key, save_dtype)
+    return Trainable([group], write, named=dict(dit.named_parameters()))

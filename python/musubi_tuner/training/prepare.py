@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
 from musubi_tuner.data.batches import CachedBatches, DataOptions, open_batches
 from musubi_tuner.families.base import Family
@@ -21,10 +22,14 @@ from musubi_tuner.training.config import (
     SaveOptions,
     TimestepOptions,
 )
+from musubi_tuner.training.events import State
 from musubi_tuner.training.loop import Plan
 from musubi_tuner.training.model import check_adapter, open_model
 from musubi_tuner.training.optimizer import rehearse
+from musubi_tuner.training.resume import Resume, open_resume, start_of, total_steps
+from musubi_tuner.training.retention import StateOptions
 from musubi_tuner.training.runtime import LocalRuntime, launched
+from musubi_tuner.training.state import remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +46,9 @@ class Setting:
     opened: OpenDit
     source: CachedBatches
     plan: Plan
+    resume: Resume | None
+    state: State
+    """Where the run starts."""
 
 
 def prepare(family: Family, options: Resolved) -> Setting:
@@ -55,11 +63,15 @@ def prepare(family: Family, options: Resolved) -> Setting:
     opened = open_model(family, options[ModelOptions], sizes, own[0] if own else None)
     names = Names(output_folder(save.output_dir), output_name(save.output_name))
     runtime = launched(chosen.mixed_precision)
-    seed = runtime.agree(secrets.randbits(32) if chosen.seed is None else chosen.seed)
+    resume = open_resume(options[StateOptions])
+    seed = chosen.seed if resume is None or chosen.seed is not None else resume.seed
+    seed = runtime.agree(secrets.randbits(32) if seed is None else seed)
     source = _data(family, options[DataOptions], runtime, seed)
-    plan = _plan(chosen, runtime, len(source))
+    plan, state = _plan(chosen, options[StateOptions], resume, runtime, runtime.most(len(source)))
     rehearse(options[OptimizerOptions], options[TimestepOptions], family.spec, steps=plan.max_steps)
-    return Setting(family, options, runtime, names, seed, opened, source, plan)
+    if runtime.rank == 0 and (left := remove_leftovers(names.folder, names.name)):
+        log.info("removed what a killed run left unfinished: %s", ", ".join(path.name for path in left))
+    return Setting(family, options, runtime, names, seed, opened, source, plan, resume, state)
 
 
 def _data(family: Family, chosen: DataOptions, runtime: LocalRuntime, seed: int) -> CachedBatches:
@@ -78,8 +90,18 @@ def _data(family: Family, chosen: DataOptions, runtime: LocalRuntime, seed: int)
     return source
 
 
-def _plan(chosen: RunOptions, runtime: LocalRuntime, batches: int) -> Plan:
+def _plan(
+    chosen: RunOptions, states: StateOptions, resume: Resume | None, runtime: LocalRuntime, batches: int
+) -> tuple[Plan, State]:
+    """How long the run is, and where in it it starts. Epoch and step options mean totals."""
     plan = Plan(chosen.max_train_steps, chosen.gradient_accumulation_steps)
-    if chosen.max_train_epochs is None:
-        return plan
-    return Plan(runtime.agree(chosen.max_train_epochs * plan.steps_per_epoch(batches)), plan.accumulation)
+    state = start_of(states, resume, plan, batches, runtime.world)
+    if chosen.max_train_epochs is not None:
+        plan = Plan(total_steps(plan, chosen.max_train_epochs, batches, state), plan.accumulation)
+    over = chosen.max_train_epochs is not None and state.epoch > chosen.max_train_epochs
+    if over or state.step > plan.max_steps:
+        raise UserError(
+            f"the run starts at step {state.step}, after {state.epoch} epochs, which is beyond its end: raise "
+            "--max_train_steps or --max_train_epochs (they mean totals), or count from 0 with --reset_counters"
+        )
+    return plan, state

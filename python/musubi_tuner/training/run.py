@@ -20,7 +20,7 @@ from musubi_tuner.nn.compiling import CompileOptions, compile_blocks, settings_o
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.optim.build import described
 from musubi_tuner.training import metadata, preview
-from musubi_tuner.training.checkpoint import Saver
+from musubi_tuner.training.checkpoint import Saver, file_bytes
 from musubi_tuner.training.config import (
     GROUPS,
     ModelOptions,
@@ -33,11 +33,14 @@ from musubi_tuner.training.config import (
 )
 from musubi_tuner.training.draws import Buckets
 from musubi_tuner.training.events import Observer
-from musubi_tuner.training.loop import train
+from musubi_tuner.training.interrupts import interruptible
+from musubi_tuner.training.loop import Rate, train
 from musubi_tuner.training.meters import Meters
 from musubi_tuner.training.model import Trainable, adapter, predictor, report_fp8, weight_policy, whole_model
 from musubi_tuner.training.optimizer import optimizer_and_rate
 from musubi_tuner.training.prepare import Setting, prepare
+from musubi_tuner.training.resume import RunFacts, StateWriter, advance, facts_of, with_departures
+from musubi_tuner.training.retention import StateOptions
 from musubi_tuner.training.show_timesteps import show_timesteps
 from musubi_tuner.training.step import KeyedDraws, Step
 from musubi_tuner.training.tracker import ProgressBar, Tracker, open_tracker, show_nowhere
@@ -62,13 +65,30 @@ def run(family: Family, options: Resolved) -> None:
         log.warning("%s sets its own rate: lr_scheduler has no effect", type(optimizer).__name__)
     meters = Meters(runtime.device)
     step = _step(setting, dit, trainable, optimizer, meters)
-    observers = _observers(setting, step, trainable, meters)
+    facts = _resumed(setting, trainable, step, rate)
+    observers = _observers(setting, step, trainable, meters, facts)
     if prompts is not None:
         observers = _with_previews(setting, observers, prompts, dit, step)
     log.info("%d steps, precision %s, on %s", plan.max_steps, runtime.precision, runtime.device)
     dit.train()
-    train(step, setting.source, plan, rate=rate, observers=observers if runtime.rank == 0 else ())
+    watching = observers if runtime.rank == 0 else ()
+    with interruptible(runtime) as stop:
+        train(step, setting.source, plan, rate=rate, observers=watching, state=setting.state, stop=stop)
     runtime.close()
+    stop.leave()
+
+
+def _resumed(of: Setting, trainable: Trainable, step: Step, rate: Rate | None) -> RunFacts:
+    """Put a resumed run's weights and optimizer in place; what its own states will say of it."""
+    kind = "adapter" if trainable.rank is not None else "model"
+    identity = {"family": of.family.spec.name, "kind": kind, "rank": trainable.rank, "alpha": trainable.alpha}
+    facts = with_departures(facts_of(of.family, of.options, of.source, of.seed, identity), of.resume)
+    if of.resume is not None:
+        arguments = of.options[OptimizerOptions].optimizer_args
+        of.resume.restore(trainable.named, step.optimizer, arguments, of.runtime)
+        advance(rate, step.optimizer, of.state.step)
+        log.info("going on from %s after step %d, %d epochs", of.resume.folder, of.state.step, of.state.epoch)
+    return facts
 
 
 def _encoded_prompts(of: Setting) -> preview.Encoded | None:
@@ -114,7 +134,7 @@ def _step(of: Setting, dit: Dit, trainable: Trainable, optimizer: torch.optim.Op
     )
 
 
-def _observers(of: Setting, step: Step, trainable: Trainable, meters: Meters) -> list[Observer]:
+def _observers(of: Setting, step: Step, trainable: Trainable, meters: Meters, run: RunFacts) -> list[Observer]:
     """Saver, tracker and progress bar; what is saved first is safe."""
     save = of.options[SaveOptions]
     facts = metadata.Facts(
@@ -129,8 +149,18 @@ def _observers(of: Setting, step: Step, trainable: Trainable, meters: Meters) ->
         data=of.source.metadata(),
     )
     record = partial(metadata.at, of.family.spec, of.options, facts)
-    every = save.save_every_n_epochs, save.save_every_n_steps
-    saver = Saver(of.names, trainable.write, record, step.optimizer, *every)
+    states = of.options[StateOptions]
+    saver = Saver(
+        of.names,
+        trainable.write,
+        record,
+        step.optimizer,
+        keep=states.retention(save.save_every_n_epochs, save.save_every_n_steps),
+        size=file_bytes(trainable.parameters, save.dtype),
+        states=StateWriter(run, trainable.named, step.optimizer, of.runtime),
+        keep_states=states.save_state,
+        last_state=states.save_state_on_train_end,
+    )
     board = open_tracker(of.options, meters.read) if of.runtime.rank == 0 else None
     return [saver, *([board] if board else []), ProgressBar(of.plan.max_steps)]
 

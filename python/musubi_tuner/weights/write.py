@@ -44,9 +44,9 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {_remedy(error)}") from error
+        raise UserError(f"cannot write {target}: {remedy(error)}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -106,7 +106,7 @@ def _data(tensor: Tensor) -> memoryview:
     return bytes_of(tensor.detach().cpu().contiguous())
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Put the rename itself on the disk, where the system can."""
     if os.name != "posix":
         return
@@ -120,7 +120,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remedy(error: OSError) -> str:
+def remedy(error: OSError) -> str:
+    """What the user can do about a write that failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; free some space or choose another folder (the old file, if any, is untouched)"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
