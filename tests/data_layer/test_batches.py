@@ -1,7 +1,12 @@
 """The order of batches, their shares over processes, and what is refused before training starts."""
 
+import json
 import os
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,6 +97,41 @@ def test_an_abandoned_epoch_leaves_no_threads(dataset, family):
     next(epoch)
     epoch.close()
     assert len(list(open_batches(dataset, family, seed=1, workers=2).epoch(0))) == 5
+
+
+def test_every_start_method_of_processes_gives_the_same_epochs(dataset, tmp_path):
+    """The workers are threads, so a process that is spawned or forked (threads at work) reads the same."""
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join(str(root / folder) for folder in ("python", "kernels"))
+    command = [sys.executable, str(Path(__file__).with_name("start_methods.py")), str(dataset), str(tmp_path / "out")]
+    subprocess.run(command, check=True, timeout=200, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+    found = json.loads((tmp_path / "out").read_text())
+    assert len(found["here"]) == 10
+    assert found["spawn"] == found["fork"] == found["here"]
+    assert found["rest"] == [row[:2] for row in found["here"][1:5]]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_reading_ahead_is_bounded(dataset, family, workers):
+    """However slow the training, no more than two batches a worker wait (the toy's `collate` counts what is read)."""
+    dataset.write_text(dataset.read_text().replace("num_repeats = 2", "num_repeats = 20"))
+    source = open_batches(dataset, family, seed=1, workers=workers)
+    made, ahead = [], []
+    collate = family.collate
+    family.collate = lambda entries: made.append(None) or collate(entries)
+    for taken, _ in enumerate(source.epoch(0), start=1):
+        time.sleep(0.005)
+        ahead.append(len(made) - taken)
+    assert len(made) == len(source) == 50
+    assert 0 < max(ahead) <= 2 * workers
+
+
+def test_a_process_whose_share_has_ended_gets_nothing_more(dataset, family):
+    """The loop asks it to go on from where the longest share stands."""
+    shares = [open_batches(dataset, family, seed=1, rank=rank, world=2) for rank in (0, 1)]
+    assert [len(share) for share in shares] == [3, 2]
+    assert [len(list(share.epoch(0, start=2))) for share in shares] == [1, 0]
+    assert list(shares[1].epoch(0, start=3)) == []
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

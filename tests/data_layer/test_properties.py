@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -90,6 +90,7 @@ def attempt(work, *arguments, expect=UserError):
 
 @quick
 @given(files)
+@example({"datasets": [], "general": {"\r": None}, "a\x1b": 0})
 def test_any_file_is_read_or_answered_with_its_name(content):
     config, sentence = attempt(parse, json.dumps(content), Path("data.json"))
     if config is None:

@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -156,9 +157,9 @@ def _run(
         with torch.inference_mode():
             _encode_all(plan, spec, chosen, settings, load_encode())
     if chosen.prune_cache:
-        for path in plan.orphans:
-            path.unlink()
-        log.info("deleted %d caches that belong to no item", len(plan.orphans))
+        for path in (*plan.orphans, *plan.unfinished):
+            path.unlink(missing_ok=True)
+        log.info("deleted %d files that belong to no item", len(plan.orphans) + len(plan.unfinished))
 
 
 def _config(chosen: CacheOptions) -> DataConfig:
@@ -174,12 +175,12 @@ def _encode_all(
     failed: list[str] = []
     workers = chosen.num_workers or max((os.cpu_count() or 2) - 1, 1)
     batches = _batches(plan, chosen.batch_size)
-    with tqdm(total=len(plan.work), desc=f"{plan.part} caches", unit="item") as progress:
+    with tqdm(total=len(plan.work), desc=f"{plan.part} caches", unit="item") as progress, _writers() as written:
         for batch in _ahead(batches, plan.part, spec, workers):
             ready = [loaded for loaded in batch if not isinstance(loaded, str)]
             failed += [loaded for loaded in batch if isinstance(loaded, str)]
             for loaded, entries in zip(ready, encode([r.item for r in ready]) if ready else [], strict=True):
-                _write(loaded, entries, spec, plan.part, settings)
+                written(_write, loaded, entries, spec, plan.part, settings)
             progress.update(len(batch))
     if failed:
         raise UserError(
@@ -187,6 +188,29 @@ def _encode_all(
             f"{'; '.join(failed[:5])}{'; ...' if len(failed) > 5 else ''}"
         )
     log.info("made %d %s caches", len(plan.work), plan.part)
+
+
+_WRITERS = 8
+
+
+@contextmanager
+def _writers() -> Iterator[Callable[..., None]]:
+    """A function that has a call made by a thread; at most two calls a thread wait.
+
+    Each file is synced to the disk before it gets its name, which is waiting, not work: one after the other, small
+    files would take ten times as long. The first exception of a call stops the block.
+    """
+    pending: deque[Future[None]] = deque()
+
+    def submit(work: Callable[..., None], *arguments: Any) -> None:
+        pending.append(pool.submit(work, *arguments))
+        while len(pending) > 2 * _WRITERS or (pending and pending[0].done()):
+            pending.popleft().result()
+
+    with ThreadPoolExecutor(_WRITERS, "musubi-write") as pool:
+        yield submit
+        for future in pending:
+            future.result()
 
 
 def _batches(plan: Plan, cap: int | None) -> Iterator[list[Planned]]:

@@ -1,5 +1,6 @@
 """What a cache command is going to do: which items need which files, told in a short table before any work starts."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class Plan:
     """Keys of each dataset that change nothing for the family."""
     orphans: tuple[Path, ...]
     """Caches of this part and family in the cache folders that belong to no item."""
+    unfinished: tuple[Path, ...]
+    """Temporary files of such caches, which a killed run left behind."""
 
 
 def make_plan(
@@ -70,8 +73,9 @@ def make_plan(
             "refuses them: make them anew with --recache"
         )
     orphans = tuple(_orphans(scans, part, spec.cache_tag))
+    unfinished = tuple(_unfinished(scans, part, spec.cache_tag))
     idle = tuple(without_effect(dataset, spec) for dataset in config.datasets)
-    return Plan(part, spec.cache_tag, scans, tuple(work), states["fresh"], states["foreign"], idle, orphans)
+    return Plan(part, spec.cache_tag, scans, tuple(work), states["fresh"], states["foreign"], idle, orphans, unfinished)
 
 
 def _verdict(
@@ -89,8 +93,6 @@ def _verdict(
 
 
 def _orphans(scans: Sequence[Scan], part: Part, tag: str) -> Iterator[Path]:
-    pattern = latent_pattern(tag)
-    ending = f"_{tag}_te.safetensors"
     for found in scans:
         folder = found.dataset.cache_folder
         if not folder.is_dir():
@@ -100,9 +102,24 @@ def _orphans(scans: Sequence[Scan], part: Part, tag: str) -> Iterator[Path]:
         else:
             owned = {path for item in found.items for path in (item.latent_path(tag), *latent_files(item, tag))}
         for path in sorted(folder.iterdir()):
-            ours = path.name.endswith(ending) if part == "text" else pattern.fullmatch(path.name)
-            if ours and path not in owned:
+            if _is_cache(path.name, part, tag) and path not in owned:
                 yield path
+
+
+def _is_cache(name: str, part: Part, tag: str) -> bool:
+    return name.endswith(f"_{tag}_te.safetensors") if part == "text" else bool(latent_pattern(tag).fullmatch(name))
+
+
+def _unfinished(scans: Sequence[Scan], part: Part, tag: str) -> Iterator[Path]:
+    for folder in {found.dataset.cache_folder for found in scans}:
+        for path in sorted(folder.glob(".*.tmp")) if folder.is_dir() else ():
+            match = _TEMPORARY.fullmatch(path.name)
+            if match and _is_cache(match["target"], part, tag):
+                yield path
+
+
+_TEMPORARY = re.compile(r"\.(?P<target>.+)\.\d+\.[0-9a-f]{8}\.tmp")
+"""Names that `weights.write` gives to files until they are whole."""
 
 
 def table(plan: Plan) -> list[str]:
@@ -120,6 +137,11 @@ def table(plan: Plan) -> list[str]:
     if plan.orphans:
         names = f"{len(plan.orphans)} {plan.part} caches belong to no item, e.g. {plan.orphans[0].name}"
         lines.append(f"{names}: left alone (--prune_cache deletes them)")
+    if plan.unfinished:
+        lines.append(
+            f"{len(plan.unfinished)} unfinished files of a run that was killed, e.g. {plan.unfinished[0].name}: left "
+            "alone (--prune_cache deletes them)"
+        )
     return lines
 
 

@@ -146,6 +146,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _plain(key: str) -> str:
+    """A key as it may stand in a line: one with control characters is shown escaped."""
+    return key if key.isprintable() else json.dumps(key)
+
+
 def _unknown(key: str, checks: Mapping[str, Check], section: str) -> str:
     if section == "[general]" and any(key in keys for keys in KEYS.values()):
         return f"{key} belongs in [[datasets]]; [general] takes {', '.join(checks)}"
@@ -154,14 +159,14 @@ def _unknown(key: str, checks: Mapping[str, Check], section: str) -> str:
         return f"{key} is for {other[0]} datasets only"
     near = get_close_matches(key, checks, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(sorted(checks))}"
-    return f"{key} is not a known key: {hint}"
+    return f"{_plain(key)} is not a known key: {hint}"
 
 
 def _which_media(found: list[str], given: Mapping[str, Any]) -> str:
     if found:
         return f"{' and '.join(found)} exclude each other: make a [[datasets]] table for each"
     near = [(key, match) for key in given for match in get_close_matches(key, MEDIA, n=1)]
-    hint = f"; did you mean {near[0][1]} by {near[0][0]}?" if near else ""
+    hint = f"; did you mean {near[0][1]} by {_plain(near[0][0])}?" if near else ""
     return f"names no pictures or clips: give one of {', '.join(MEDIA)}{hint}"
 
 
@@ -181,7 +186,7 @@ def _read(text: str, path: Path) -> tuple[_Reader, tuple[DatasetSpec, ...]]:
     loaded = _parsed(text.removeprefix("\ufeff"), path.name)
     for key in loaded:
         if key not in ("general", "datasets"):
-            reader.fault("", f"{key} stands outside [general] and [[datasets]], the two sections there are")
+            reader.fault("", f"{_plain(key)} stands outside [general] and [[datasets]], the two sections there are")
     general = loaded.get("general", {})
     tables = loaded.get("datasets", [])
     if not isinstance(general, dict) or not isinstance(tables, list):
