@@ -17,8 +17,8 @@ from typing import NoReturn
 
 from musubi_tuner import console
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.config.fields import canonical, nearest, title_of
-from musubi_tuner.config.known import known_elsewhere
+from musubi_tuner.config.fields import canonical, nearest, options_of, title_of
+from musubi_tuner.config.known import NOT_SERVED, known_elsewhere
 from musubi_tuner.config.options import parse
 from musubi_tuner.config.show import markdown, plain
 
@@ -201,7 +201,46 @@ def options_page() -> str:
             if changed:
                 told = ", ".join(f"`{k}` {plain(v)}" for k, v in changed.items())
                 lines += [f"Defaults of this family: {told}.", ""]
-    return "\n".join(lines).rstrip() + "\n"
+    return "\n".join([*lines, *_matrix()]).rstrip() + "\n"
+
+
+def served(script: str) -> set[str]:
+    """Every name that a script's own options go by, shorthands included."""
+    from musubi_tuner.config.options import ConfigOptions
+    from musubi_tuner.families import registry
+
+    which = SCRIPTS[script]
+    kind = KINDS[which.kind]
+    shared = getattr(import_module(f"musubi_tuner.{kind.module}"), kind.groups)
+    own = registry.get(which.family).option_groups(which.kind)
+    options = [item for group in (ConfigOptions, *shared, *own) for item in options_of(group)]
+    return {name for o in options for name in (*o.spellings, *map(canonical, o.declared.shorthand))}
+
+
+def established_flags(script: str) -> dict[str, bool]:
+    """The flags of the established script of this name: True where ours serves it, False where it warns."""
+    ours = served(script)
+    return {name: name in ours for name, row in known_elsewhere(script).items() if row.where == NOT_SERVED}
+
+
+def _matrix() -> list[str]:
+    """Markdown: what becomes of each established flag in each script."""
+    columns = {script: established_flags(script) for script in SCRIPTS}
+    lines = ["## Established flags, script by script", "", *_MATRIX_HEAD.splitlines(), ""]
+    lines += ["| script | effective | warns |", "|---|---|---|"]
+    for script, flags in columns.items():
+        lines.append(f"| `{script}` | {sum(flags.values())} | {len(flags) - sum(flags.values())} |")
+    lines += ["", "| flag | " + " | ".join(f"`{s}`" for s in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    words = {True: "effective", False: "warns", None: ""}
+    for name in sorted({name for flags in columns.values() for name in flags}):
+        lines.append(f"| `--{name}` | " + " | ".join(words[flags.get(name)] for flags in columns.values()) + " |")
+    return lines
+
+
+_MATRIX_HEAD = """\
+`effective`: the option does what it says. `warns`: it is accepted and told to have no effect. An empty cell: the
+established script of that name has no such flag, and a file that holds it is told where it belongs. No flag of an
+established script is refused as such; values that cannot be served are, with a sentence."""
 
 
 _PAGE_HEAD = """\

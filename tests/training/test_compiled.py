@@ -12,9 +12,12 @@ from musubi_tuner.nn.compiling import CompileSettings, compile_blocks
 from musubi_tuner.nn.runner import direct
 from tiny_models import TINY, tiny_dit
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"  # Dynamo looks at every tensor it meets
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),  # Dynamo's look
+    pytest.mark.filterwarnings("ignore:Torchinductor does not support code generation for complex:UserWarning"),  # rope
+]
 
 
 def losses(name: str, settings: CompileSettings | None, *, again: bool) -> Tensor:

@@ -11,6 +11,8 @@ from importlib.resources import files
 from musubi_tuner.config.command_line import Arity
 from musubi_tuner.config.layers import Known
 
+NOT_SERVED = "not served by this version"
+
 
 @cache
 def _table() -> dict[str, tuple[Arity, tuple[str, ...]]]:
@@ -26,5 +28,5 @@ def known_elsewhere(script: str) -> dict[str, Known]:
 
 def _where(script: str, scripts: tuple[str, ...]) -> str:
     if script in scripts:
-        return "not served by this version"
+        return NOT_SERVED
     return f"of {scripts[0]}" if len(scripts) == 1 else f"of {scripts[0]} and others"
