@@ -1,10 +1,16 @@
 """Photographs and clips as people have them: every form gives the right pixels, or one sentence."""
 
+import re
 import shutil
+import tempfile
+from io import BytesIO
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from musubi_tuner.data.images import image_size, read_image
@@ -178,6 +184,34 @@ def test_a_picture_that_is_cut_short_never_passes_as_whole(folder, name, share):
     (folder / name).write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(ValueError, match=r"cannot be read as a picture \(.*truncated"):
         read_image(folder / name, (64, 64))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["png", "jpg", "webp", "tif", "bmp", "avif", "gif"]),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6),
+    st.floats(0.2, 1),
+)
+def test_damaged_bytes_give_pixels_or_a_reason(ending, changes, share):
+    stream = BytesIO()
+    photo("chelsea.png", (24, 20)).save(stream, Image.registered_extensions()[f".{ending}"])
+    content = bytearray(stream.getvalue())
+    for place, value in changes:  # damage near the front, where the structure is
+        content[int(place**3 * (len(content) - 1))] = value
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / f"a.{ending}"
+        path.write_bytes(content[: int(share * len(content))] if share < 0.6 else content)
+        for work in (image_size, lambda file: read_image(file, (16, 16))):
+            try:
+                found = work(path)
+            except ValueError as error:
+                reason = str(error)
+                assert re.match(
+                    r"cannot be read as a picture \(.|is not a picture that|is empty|holds floating", reason
+                )
+            else:
+                assert len(found) in (2, 16)
 
 
 class TestClips:

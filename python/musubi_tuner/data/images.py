@@ -25,8 +25,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What undoes each value of the orientation tag."""
-_FAULTS = (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for files that it cannot read, several of them by way of damaged chunks."""
+_FAULTS = (UnidentifiedImageError, OSError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError)
+"""What Pillow raises for files that it cannot read: SyntaxError for damaged chunks, RuntimeError for damaged AVIF."""
 
 
 def image_size(path: Path) -> Size:

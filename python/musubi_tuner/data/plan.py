@@ -153,6 +153,7 @@ def _dataset_lines(found: Scan, idle: Sequence[str]) -> Iterator[str]:
         f"dataset {found.dataset.number} ({found.dataset.media}): {len(found.items)} items in {len(buckets)} buckets "
         f"(width x height x frames) {sizes}{more}"
     )
+    yield f"  caches in {found.dataset.cache_folder}"
     beside = sum(len(item.controls) for item in found.items)
     if beside:
         yield f"  {beside} controls, from {found.dataset.control_directory or found.dataset.media}"
