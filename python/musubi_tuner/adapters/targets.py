@@ -174,7 +174,7 @@ def table(candidates: Sequence[str], chosen: Sequence[str]) -> str:
         row = kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "N", path, count=1), [0, 0])
         row[0] += path in taken
         row[1] += 1
-    width = max(len(kind) for kind in kinds)
+    width = max(len(kind) for kind in (*kinds, "together"))
     lines = [f"  {kind:<{width}}  {count:>4} of {total}" for kind, (count, total) in kinds.items()]
     return "\n".join([*lines, f"  {'together':<{width}}  {len(chosen):>4} of {len(candidates)}"])
 
