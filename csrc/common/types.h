@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+// Before a loop over registers: without it GCC 12 keeps small arrays of vectors on the stack and stores them every
+// turn.
+#define MUSUBI_UNROLL _Pragma("GCC unroll 64")
+
 namespace musubi {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };

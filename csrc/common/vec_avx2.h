@@ -29,17 +29,20 @@ struct Vec {
 
   static void transpose(F* r) {
     F t[W];
+    MUSUBI_UNROLL
     for (int i = 0; i < W; i += 2) {
       t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
       t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
     F q[W];
+    MUSUBI_UNROLL
     for (int i = 0; i < W; i += 4) {
       q[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
       q[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
       q[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
       q[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
     }
+    MUSUBI_UNROLL
     for (int j = 0; j < 4; ++j) {
       r[j] = _mm256_permute2f128_ps(q[j], q[4 + j], 0x20);
       r[4 + j] = _mm256_permute2f128_ps(q[j], q[4 + j], 0x31);

@@ -26,17 +26,20 @@ struct Vec {
 
   static void transpose(F* r) {
     F t[W];
+    MUSUBI_UNROLL
     for (int i = 0; i < W; i += 2) {
       t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
       t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
     }
     F q[W];
+    MUSUBI_UNROLL
     for (int i = 0; i < W; i += 4) {
       q[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
       q[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
       q[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
       q[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
     }
+    MUSUBI_UNROLL
     for (int j = 0; j < 4; ++j) {
       const F a = _mm512_shuffle_f32x4(q[j], q[4 + j], 0x44);
       const F b = _mm512_shuffle_f32x4(q[j], q[4 + j], 0xee);

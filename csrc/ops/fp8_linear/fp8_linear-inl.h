@@ -36,9 +36,9 @@ inline bool scales_outputs(const LinearTask& task) {
   return task.w.scale_block == 0 && (!task.transposed || task.w.scale_row == 0);
 }
 
-inline float scale_of(const Fp8Rows& w, int64_t n, int64_t k) {
-  const int64_t i = n * w.scale_row + (k / w.block) * w.scale_block;
-  return Vec::one(w.scale, w.scale_dtype, i);
+// The scale of block b of row n.
+inline float scale_at(const Fp8Rows& w, int64_t n, int64_t b) {
+  return Vec::one(w.scale, w.scale_dtype, n * w.scale_row + b * w.scale_block);
 }
 
 // out[0 .. count) = float(codes) * scale
@@ -57,9 +57,10 @@ inline void decode_run(const uint8_t* codes, int64_t count, float scale, Format 
 // out[0 .. k1 - k0) = row n of the weight from k0 to k1, each code times its scale.
 inline void decode_row(const Fp8Rows& w, int64_t n, int64_t k0, int64_t k1, float* out) {
   const uint8_t* row = w.codes + n * w.stride;
-  for (int64_t k = k0; k < k1;) {
-    const int64_t end = least(k1, (k / w.block + 1) * w.block);
-    decode_run(row + k, end - k, scale_of(w, n, k), w.format, out + (k - k0));
+  int64_t b = k0 / w.block;  // one division per row: it costs more than decoding a block
+  for (int64_t k = k0; k < k1; ++b) {
+    const int64_t end = least(k1, (b + 1) * w.block);
+    decode_run(row + k, end - k, scale_at(w, n, b), w.format, out + (k - k0));
     k = end;
   }
 }
@@ -109,18 +110,25 @@ struct FloatKernel {
   template <int V, int R, bool kTransposed>
   static void micro(const float* x, int64_t units, const float* panel, int64_t stride, float* sums, bool first) {
     typename Vec::F acc[R][V];
+    MUSUBI_UNROLL
     for (int r = 0; r < R; ++r) {
+      MUSUBI_UNROLL
       for (int v = 0; v < V; ++v) acc[r][v] = first ? Vec::zero() : Vec::load(sums + (r * V + v) * Vec::W);
     }
     for (int64_t u = 0; u < units; ++u) {
       typename Vec::F xs[V];
+      MUSUBI_UNROLL
       for (int v = 0; v < V; ++v) xs[v] = Vec::load(x + (u * V + v) * Vec::W);
+      MUSUBI_UNROLL
       for (int r = 0; r < R; ++r) {
         const auto weight = Vec::set1(kTransposed ? panel[u * stride + r] : panel[r * stride + u]);
+        MUSUBI_UNROLL
         for (int v = 0; v < V; ++v) acc[r][v] = Vec::fma(xs[v], weight, acc[r][v]);
       }
     }
+    MUSUBI_UNROLL
     for (int r = 0; r < R; ++r) {
+      MUSUBI_UNROLL
       for (int v = 0; v < V; ++v) Vec::store(sums + (r * V + v) * Vec::W, acc[r][v]);
     }
   }
@@ -236,7 +244,7 @@ class Multiply {
       const int width = tile_vectors(vectors_ - start);
       float* const tile = sums + start * Vec::W * wide_;
       for (int64_t j = 0; j < jn; ++j) {
-        const auto factor = Vec::set1(scale_of(task_.w, task_.transposed ? 0 : j0 + j, 0));
+        const auto factor = Vec::set1(scale_at(task_.w, task_.transposed ? 0 : j0 + j, 0));
         float* const lanes = tile + j * width * Vec::W;
         for (int v = 0; v < width; ++v) {
           Vec::store(lanes + v * Vec::W, Vec::mul(Vec::load(lanes + v * Vec::W), factor));
@@ -328,6 +336,7 @@ class Multiply {
     typename Vec::F r[Vec::W];
     for (int64_t j = 0; j < jn; j += Vec::W) {
       const int64_t here = least(Vec::W, jn - j);
+      MUSUBI_UNROLL
       for (int64_t i = 0; i < Vec::W; ++i) r[i] = i < here ? Vec::load(from + (j + i) * lanes) : Vec::zero();
       Vec::transpose(r);
       const auto shift = Vec::load(bias + j);

@@ -109,10 +109,12 @@ inline __m512bh pairs_of(__m512i bits) { return reinterpret_cast<__m512bh>(bits)
 // Calls body(k, count, scale) for runs of at most 64 codes of row n in [k0, k1) that share a scale.
 template <class Body>
 void runs(const Fp8Rows& w, int64_t n, int64_t k0, int64_t k1, const Body& body) {
-  for (int64_t k = k0; k < k1;) {
-    const int64_t end = least(k1, (k / w.block + 1) * w.block);
-    const float scale = scale_of(w, n, k);
-    for (; k < end; k += 64) body(k, least(64, end - k), scale);
+  int64_t b = k0 / w.block;
+  for (int64_t k = k0; k < k1; ++b) {
+    const int64_t end = least(k1, (b + 1) * w.block);
+    const float scale = scale_at(w, n, b);
+    for (; k + 64 <= end; k += 64) body(k, 64, scale);
+    if (k < end) body(k, end - k, scale);
     k = end;
   }
 }
@@ -120,6 +122,7 @@ void runs(const Fp8Rows& w, int64_t n, int64_t k0, int64_t k1, const Body& body)
 // The kernel that multiplies in bf16: a unit is the pair of two neighbours along the contraction.
 struct PairKernel {
   static constexpr int64_t kPerUnit = 2;
+  static constexpr int64_t kAhead = 12;  // units of x that are fetched ahead: 9 % at M = 64, 15 % at M = 16
 
   static Vec::F load_units(const void* row, Dtype, int64_t unit) {
     return Vec::load(static_cast<const float*>(row) + unit);
@@ -128,64 +131,125 @@ struct PairKernel {
   static void fill_forward(const Fp8Rows& w, int64_t j0, int64_t jn, int64_t c0, int64_t cn, float* panel,
                            int64_t stride) {
     const Decoder decoder(w.format);
+    const bool whole = w.block % 64 == 0 && c0 % 64 == 0 && cn % 64 == 0;
     for (int64_t j = 0; j < jn; ++j) {
       uint16_t* const row = reinterpret_cast<uint16_t*>(panel + j * stride);
-      const uint8_t* const codes = w.codes + (j0 + j) * w.stride;
-      runs(w, j0 + j, c0, c0 + cn, [&](int64_t k, int64_t count, float scale) {
-        __m512 f[4];
-        decoder.floats(_mm512_maskz_loadu_epi8(first(count), codes + k), _mm512_set1_ps(scale), f);
-        uint16_t* const to = row + (k - c0);
-        _mm512_mask_storeu_epi16(to, first_words(count), rounded(f[0], f[1]));
-        _mm512_mask_storeu_epi16(to + 32, first_words(count - 32), rounded(f[2], f[3]));
-      });
-      if (cn % 2 != 0) row[cn] = 0;
+      if (whole) {
+        fill_row_of_chunks(w, decoder, j0 + j, c0, cn, row);
+      } else {
+        fill_row(w, decoder, j0 + j, c0, cn, row);
+      }
     }
+  }
+
+  // The common case: chunks of 64 codes with one scale each, no masks, no branches inside.
+  static void fill_row_of_chunks(const Fp8Rows& w, const Decoder decoder, int64_t n, int64_t c0, int64_t cn,
+                                 uint16_t* row) {
+    float scales[kBlockUnits * kPerUnit / 64];
+    const int64_t chunks = cn / 64, per_block = w.block / 64;
+    int64_t b = c0 / w.block, left = per_block - c0 / 64 % per_block;
+    for (int64_t i = 0; i < chunks; ++i) {
+      scales[i] = scale_at(w, n, b);
+      if (--left == 0) {
+        left = per_block;
+        ++b;
+      }
+    }
+    const uint8_t* const codes = w.codes + n * w.stride + c0;
+    for (int64_t i = 0; i < chunks; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 64 * i + cn), _MM_HINT_T1);  // the next panel's part
+      __m512 f[4];
+      decoder.floats(_mm512_loadu_si512(codes + 64 * i), _mm512_set1_ps(scales[i]), f);
+      _mm512_storeu_si512(row + 64 * i, rounded(f[0], f[1]));
+      _mm512_storeu_si512(row + 64 * i + 32, rounded(f[2], f[3]));
+    }
+  }
+
+  static void fill_row(const Fp8Rows& w, const Decoder& decoder, int64_t n, int64_t c0, int64_t cn, uint16_t* row) {
+    const uint8_t* const codes = w.codes + n * w.stride;
+    runs(w, n, c0, c0 + cn, [&](int64_t k, int64_t count, float scale) {
+      __m512 f[4];
+      decoder.floats(_mm512_maskz_loadu_epi8(first(count), codes + k), _mm512_set1_ps(scale), f);
+      uint16_t* const to = row + (k - c0);
+      _mm512_mask_storeu_epi16(to, first_words(count), rounded(f[0], f[1]));
+      _mm512_mask_storeu_epi16(to + 32, first_words(count - 32), rounded(f[2], f[3]));
+    });
+    if (cn % 2 != 0) row[cn] = 0;
   }
 
   static void fill_gradient(const Fp8Rows& w, int64_t j0, int64_t jn, int64_t c0, int64_t cn, float* panel,
                             int64_t stride) {
     const Decoder decoder(w.format);
-    for (int64_t c = 0; c < cn; c += 2) {
-      uint32_t* const to = reinterpret_cast<uint32_t*>(panel + c / 2 * stride);
-      const bool paired = c + 1 < cn;
-      for (int64_t k = j0; k < j0 + jn; k += 64) gradient_run(w, decoder, c0 + c, paired, k, j0 + jn, to + (k - j0));
+    for (int64_t k = j0; k < j0 + jn; k += 64) {
+      const Columns columns(w, k, least(64, j0 + jn - k));
+      uint32_t* const to = reinterpret_cast<uint32_t*>(panel) + (k - j0);
+      const bool whole = columns.one_block && columns.count == 64;
+      int64_t c = whole ? fill_columns(w, decoder, columns, c0, cn, to, stride) : 0;
+      for (; c < cn; c += 2) {
+        __m512 even[4], odd[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
+        scaled(w, decoder, c0 + c, columns, even);
+        if (c + 1 < cn) scaled(w, decoder, c0 + c + 1, columns, odd);
+        store_pairs(even, odd, columns.count, to + c / 2 * stride);
+      }
     }
   }
 
-  // Columns k .. of rows n and n + 1, as pairs.
-  static void gradient_run(const Fp8Rows& w, const Decoder& decoder, int64_t n, bool paired, int64_t k, int64_t end,
-                           uint32_t* to) {
-    __m512 even[4], odd[4];
-    scaled(w, decoder, n, k, end, even);
-    if (paired) {
-      scaled(w, decoder, n + 1, k, end, odd);
-    } else {
-      for (__m512& each : odd) each = _mm512_setzero_ps();
+  // At most 64 neighbouring columns, and which block of scales they start in.
+  struct Columns {
+    int64_t k = 0, count = 0, block = 0;
+    bool one_block = true;
+
+    Columns() = default;
+    Columns(const Fp8Rows& w, int64_t first_column, int64_t columns)
+        : k(first_column),
+          count(columns),
+          block(first_column / w.block),
+          one_block((first_column + columns - 1) / w.block == first_column / w.block) {}
+  };
+
+  // The common case, all rows of the block but an odd last one: 64 columns with one scale per row. Gives how many.
+  static int64_t fill_columns(const Fp8Rows& w, const Decoder decoder, const Columns& at, int64_t c0, int64_t cn,
+                              uint32_t* to, int64_t stride) {
+    const __m512i weave = _mm512_loadu_si512(kWeave);
+    const uint8_t* codes = w.codes + c0 * w.stride + at.k;
+    for (int64_t c = 0; c + 2 <= cn; c += 2, codes += 2 * w.stride, to += stride) {
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 8 * w.stride), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + 9 * w.stride), _MM_HINT_T0);
+      __m512 even[4], odd[4];
+      decoder.floats(_mm512_loadu_si512(codes), _mm512_set1_ps(scale_at(w, c0 + c, at.block)), even);
+      decoder.floats(_mm512_loadu_si512(codes + w.stride), _mm512_set1_ps(scale_at(w, c0 + c + 1, at.block)), odd);
+      MUSUBI_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        _mm512_storeu_si512(to + 16 * i, _mm512_permutexvar_epi16(weave, rounded(even[i], odd[i])));
+      }
     }
-    store_pairs(even, odd, least(64, end - k), to);
+    return cn / 2 * 2;
+  }
+
+  // These columns of row n as floats times their scales; zeros after them.
+  static void scaled(const Fp8Rows& w, const Decoder& decoder, int64_t n, const Columns& at, __m512* out) {
+    const __m512i codes = _mm512_maskz_loadu_epi8(first(at.count), w.codes + n * w.stride + at.k);
+    if (at.one_block) return decoder.floats(codes, _mm512_set1_ps(scale_at(w, n, at.block)), out);
+    alignas(64) float scales[64] = {};
+    int64_t b = at.block;
+    for (int64_t i = 0; i < at.count; ++b) {
+      const int64_t end = least(at.count, (b + 1) * w.block - at.k);
+      const float scale = scale_at(w, n, b);
+      for (; i < end; ++i) scales[i] = scale;
+    }
+    decoder.floats(codes, _mm512_set1_ps(1.0f), out);
+    MUSUBI_UNROLL
+    for (int i = 0; i < 4; ++i) out[i] = _mm512_mul_ps(out[i], _mm512_load_ps(scales + 16 * i));
   }
 
   static void store_pairs(const __m512* even, const __m512* odd, int64_t count, uint32_t* to) {
     const __m512i weave = _mm512_loadu_si512(kWeave);
+    MUSUBI_UNROLL
     for (int i = 0; i < 4; ++i) {
       const __m512i both = _mm512_permutexvar_epi16(weave, rounded(even[i], odd[i]));
       const __mmask16 here = static_cast<__mmask16>(first_words(count - 16 * i));
       _mm512_mask_storeu_epi32(to + 16 * i, here, both);
     }
-  }
-
-  // 64 columns of row n from k on as floats times their scales, zero from `end` on.
-  static void scaled(const Fp8Rows& w, const Decoder& decoder, int64_t n, int64_t k, int64_t end, __m512* out) {
-    const int64_t count = least(64, end - k);
-    const __m512i codes = _mm512_maskz_loadu_epi8(first(count), w.codes + n * w.stride + k);
-    if (k / w.block == (k + count - 1) / w.block) {
-      decoder.floats(codes, _mm512_set1_ps(scale_of(w, n, k)), out);
-      return;
-    }
-    alignas(64) float scales[64] = {};
-    for (int64_t i = 0; i < count; ++i) scales[i] = scale_of(w, n, k + i);
-    decoder.floats(codes, _mm512_set1_ps(1.0f), out);
-    for (int i = 0; i < 4; ++i) out[i] = _mm512_mul_ps(out[i], _mm512_load_ps(scales + 16 * i));
   }
 
   static void fill_forward_tail(const Rows& up, float strength, int64_t j0, int64_t jn, float* panel, int64_t stride) {
@@ -213,6 +277,7 @@ struct PairKernel {
         read_row(down, r, j0 + j, count, values[0]);
         if (r + 1 < down.rows) read_row(down, r + 1, j0 + j, count, values[1]);
         __m512 even[4], odd[4];
+        MUSUBI_UNROLL
         for (int i = 0; i < 4; ++i) {
           even[i] = _mm512_mul_ps(_mm512_load_ps(values[0] + 16 * i), factor);
           odd[i] = _mm512_mul_ps(_mm512_load_ps(values[1] + 16 * i), factor);
@@ -225,19 +290,37 @@ struct PairKernel {
   template <int V, int R, bool kTransposed>
   static void micro(const float* x, int64_t units, const float* panel, int64_t stride, float* sums, bool first) {
     __m512 acc[R][V];
+    MUSUBI_UNROLL
     for (int r = 0; r < R; ++r) {
+      MUSUBI_UNROLL
       for (int v = 0; v < V; ++v) acc[r][v] = first ? Vec::zero() : Vec::load(sums + (r * V + v) * Vec::W);
     }
     for (int64_t u = 0; u < units; ++u) {
       __m512bh xs[V];
+      MUSUBI_UNROLL
+      for (int v = 0; v < V; ++v) {
+        _mm_prefetch(reinterpret_cast<const char*>(x + ((u + kAhead) * V + v) * Vec::W), _MM_HINT_T0);
+      }
+      MUSUBI_UNROLL
       for (int v = 0; v < V; ++v) xs[v] = pairs_of(_mm512_loadu_si512(x + (u * V + v) * Vec::W));
+      MUSUBI_UNROLL
       for (int r = 0; r < R; ++r) {
         const float* const from = kTransposed ? panel + u * stride + r : panel + r * stride + u;
+        if (V == 1) {
+          // GCC loads the broadcast apart, which costs as much as the product when it is used only once
+          __m512 sum = acc[r][0];
+          asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(xs[0]), "m"(*from));
+          acc[r][0] = sum;
+          continue;
+        }
         const __m512bh weight = pairs_of(_mm512_castps_si512(_mm512_set1_ps(*from)));
+        MUSUBI_UNROLL
         for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], xs[v], weight);
       }
     }
+    MUSUBI_UNROLL
     for (int r = 0; r < R; ++r) {
+      MUSUBI_UNROLL
       for (int v = 0; v < V; ++v) Vec::store(sums + (r * V + v) * Vec::W, acc[r][v]);
     }
   }
@@ -253,23 +336,32 @@ void dot_rows(const LinearTask& task, const Decoder& decoder, int64_t j, const f
   const Fp8Rows& w = task.w;
   const uint8_t* codes[R];
   const uint16_t* x[M];
+  MUSUBI_UNROLL
   for (int r = 0; r < R; ++r) codes[r] = w.codes + (j + r) * w.stride;
+  MUSUBI_UNROLL
   for (int m = 0; m < M; ++m) x[m] = static_cast<const uint16_t*>(task.x.data) + m * task.x.stride;
   __m512 acc[M][R];
+  MUSUBI_UNROLL
   for (int m = 0; m < M; ++m) {
+    MUSUBI_UNROLL
     for (int r = 0; r < R; ++r) acc[m][r] = _mm512_setzero_ps();
   }
   for (int64_t b = 0; b < blocks; ++b) {
     __m512 part[M][R];
+    MUSUBI_UNROLL
     for (int m = 0; m < M; ++m) {
+      MUSUBI_UNROLL
       for (int r = 0; r < R; ++r) part[m][r] = _mm512_setzero_ps();
     }
     const int64_t end = (b + 1) * w.block;
     int64_t k = b * w.block;
     for (; k + 64 <= end; k += 64) {
+      MUSUBI_UNROLL
       for (int r = 0; r < R; ++r) {
         __m512i lo, hi;
+        _mm_prefetch(reinterpret_cast<const char*>(codes[r] + k + R * w.stride), _MM_HINT_T0);
         decoder.pairs(_mm512_loadu_si512(codes[r] + k), &lo, &hi);
+        MUSUBI_UNROLL
         for (int m = 0; m < M; ++m) {
           part[m][r] = _mm512_dpbf16_ps(part[m][r], pairs_of(lo), pairs_of(_mm512_loadu_si512(x[m] + k)));
           part[m][r] = _mm512_dpbf16_ps(part[m][r], pairs_of(hi), pairs_of(_mm512_loadu_si512(x[m] + k + 32)));
@@ -278,9 +370,11 @@ void dot_rows(const LinearTask& task, const Decoder& decoder, int64_t j, const f
     }
     if (k < end) {
       const __mmask32 low_words = first_words(end - k), high_words = first_words(end - k - 32);
+      MUSUBI_UNROLL
       for (int r = 0; r < R; ++r) {
         __m512i lo, hi;
         decoder.pairs(_mm512_maskz_loadu_epi8(first(end - k), codes[r] + k), &lo, &hi);
+        MUSUBI_UNROLL
         for (int m = 0; m < M; ++m) {
           const __m512i x_low = _mm512_maskz_loadu_epi16(low_words, x[m] + k);
           const __m512i x_high = _mm512_maskz_loadu_epi16(high_words, x[m] + k + 32);
@@ -289,12 +383,16 @@ void dot_rows(const LinearTask& task, const Decoder& decoder, int64_t j, const f
         }
       }
     }
+    MUSUBI_UNROLL
     for (int r = 0; r < R; ++r) {
       const __m512 scale = _mm512_set1_ps(scales[r * blocks + b]);
+      MUSUBI_UNROLL
       for (int m = 0; m < M; ++m) acc[m][r] = _mm512_fmadd_ps(part[m][r], scale, acc[m][r]);
     }
   }
+  MUSUBI_UNROLL
   for (int m = 0; m < M; ++m) {
+    MUSUBI_UNROLL
     for (int r = 0; r < R; ++r) sums[m * kRowsPerChunk + r] = _mm512_reduce_add_ps(acc[m][r]);
   }
 }
@@ -308,7 +406,7 @@ inline void scales_of_row(const Fp8Rows& w, int64_t n, int64_t blocks, float* ou
     row.data = static_cast<const char*>(w.scale) + n * w.scale_row * size_of(w.scale_dtype);
     return read_row(row, 0, 0, blocks, out);
   }
-  for (int64_t b = 0; b < blocks; ++b) out[b] = scale_of(w, n, b * w.block);
+  for (int64_t b = 0; b < blocks; ++b) out[b] = scale_at(w, n, b);
 }
 
 template <int M>
@@ -322,6 +420,7 @@ void few_rows(const LinearTask& task, const float* low) {
     float sums[M * kRowsPerChunk] = {};
     int64_t j = 0;
     for (; j + R <= jn; j += R) {
+      MUSUBI_UNROLL
       for (int r = 0; r < R; ++r) scales_of_row(task.w, j0 + j + r, blocks, scales + r * blocks);
       dot_rows<M, R>(task, decoder, j0 + j, scales, blocks, sums + j);
     }
