@@ -16,14 +16,6 @@ def place(tmp_path_factory) -> Path:
     return make_place(tmp_path_factory.mktemp("resume"))
 
 
-@pytest.fixture(scope="module")
-def plain(place, tmp_path_factory) -> Path:
-    """An uninterrupted run of eight steps, three an epoch, with a state after every second one."""
-    out = tmp_path_factory.mktemp("plain")
-    train_noting_losses(place, out, *STEPS)
-    return out
-
-
 def state(out: Path, step: int) -> str:
     return str(out / f"study-step{step:08d}-state")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.training.state import read_optimizer
+from musubi_tuner.training.state import read_optimizer, read_weights
 
 WEIGHTS, OPTIMIZER, COUNTERS = "model.safetensors", "optimizer.bin", "train_state.json"
 
@@ -56,6 +56,16 @@ def position(folder: Path) -> tuple[int, int | None]:
 def without_alpha(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The trained tensors: an adapter's alphas are constants."""
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
+
+
+def check_alpha(folder: Path, alpha: float | None) -> None:
+    """Raises UserError where the adapter of a state has another alpha than this run's (None: it has none)."""
+    found = {float(t) for name, t in read_weights(folder / WEIGHTS).items() if name.endswith(".alpha")}
+    if alpha is not None and found - {alpha}:
+        told = ", ".join(f"{value:g}" for value in sorted(found))
+        raise UserError(
+            f"state {folder} was trained with alpha = {told}, this run has {alpha:g}: give --network_alpha {told}"
+        )
 
 
 def optimizer_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:

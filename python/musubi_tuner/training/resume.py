@@ -141,6 +141,7 @@ class Resume:
         Raises UserError where the difference is in `identity`.
         """
         if self.manifest is None:
+            foreign.check_alpha(self.folder, facts.identity.get("alpha"))
             return [f"resumed from {self.folder.name} of another tool"]
         before, now = self.manifest, plain(dict(facts.identity))
         for key, value in now.items():

@@ -1,0 +1,74 @@
+"""Starts training runs as processes of their own, cheaply: imports once, then forks for every line it is given.
+
+Run as `python run_server.py`; reads JSON lines from stdin and answers each with one JSON line:
+    {"place": ..., "out": ..., "words": [...], "sync": n or null}  ->  {"pid": ...}    a run; SIGKILL to itself at its
+                                                                                       n-th fsync where `sync` is given
+    {"wait": pid}                                                   ->  {"status": ...} as os.waitpid tells
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import accelerate  # noqa: F401 -- what a run imports on its way, before any fork
+import torch
+import torch._dynamo  # the same
+
+from musubi_tuner import cli, console
+from training_place import FAMILY, train_noting_losses
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    assert FAMILY.spec.name == "wan"
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "wait" in asked:
+            answer = {"status": os.waitpid(asked["wait"], 0)[1]}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                _child(asked)
+            answer = {"pid": pid}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def _child(asked: dict) -> None:
+    """One run, with the command line's own handling of faults."""
+    with (Path(asked["out"]) / "log.txt").open("a") as log:
+        os.dup2(log.fileno(), 2)
+    if asked.get("sync"):
+        _die_at_sync(asked["sync"])
+    console.configure()
+
+    def work() -> int:
+        train_noting_losses(Path(asked["place"]), Path(asked["out"]), *asked["words"])
+        return 0
+
+    try:
+        code = cli.guarded("train", work)
+    except SystemExit as left:
+        code = left.code
+    os._exit(code)
+
+
+def _die_at_sync(number: int) -> None:
+    real, done = os.fsync, 0
+
+    def fsync(descriptor: int) -> None:
+        nonlocal done
+        done += 1
+        if done == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+        real(descriptor)
+
+    os.fsync = fsync
+
+
+if __name__ == "__main__":
+    main()
