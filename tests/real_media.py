@@ -54,19 +54,29 @@ def frames_of(name: str, count: int, size: tuple[int, int]) -> np.ndarray:
     return np.stack([pixels[2 * i : 2 * i + height, 3 * i : 3 * i + width] for i in range(count)])
 
 
-def write_video(path: Path, frames: np.ndarray, *, rotation: int = 0, stamps: list[int] | None = None) -> Path:
+def write_video(path: Path, frames: np.ndarray, *, stamps: list[int] | None = None) -> Path:
     """Write `frames: [F, H, W, 3]` without loss; `stamps` are the times of the frames in milliseconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    codec, layout = ("png", "rgb24") if path.suffix == ".mov" else ("ffv1", "bgr0")
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=10)
+        stream = container.add_stream(codec, rate=10)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "bgr0"
+        stream.pix_fmt = layout
         stream.codec_context.time_base = Fraction(1, 1000)
-        if rotation:
-            stream.set_display_rotation(rotation)
         for i, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(format="bgr0")
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(format=layout)
             frame.pts, frame.time_base = (stamps[i] if stamps else 100 * i), Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    return path
+
+
+def turn_mov(path: Path, clockwise: int) -> Path:
+    """Ask players to turn a QuickTime file, by the matrix (a b u, c d v, x y w) of its track header (16.16 fixed)."""
+    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[clockwise]
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 4 + 40
+    one = 1 << 16
+    content[matrix : matrix + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
     return path

@@ -17,7 +17,7 @@ from musubi_tuner.data.images import image_size, read_image
 from musubi_tuner.data.sources import read_controls, read_pixels, scan
 from musubi_tuner.data.spec import load
 from musubi_tuner.data.video import probe, read_frames
-from real_media import CLIPS, PHOTOS, frames_of, photo, png16, write_video
+from real_media import CLIPS, PHOTOS, frames_of, photo, png16, turn_mov, write_video
 
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "horse.png", "retina.jpg", "rocket.jpg", "text.png", "page.png")
 
@@ -248,11 +248,11 @@ class TestClips:
         assert (probe(path).frames, probe(path).size) == (5, (63, 47))
         np.testing.assert_array_equal(read_frames(path, [0, 2, 4], (63, 47)), frames[[0, 2, 4]])
 
-    @pytest.mark.parametrize(("degrees", "turns"), [(90, 1), (180, 2), (-90, 3)])
-    def test_quarter_turns_are_applied(self, tmp_path, degrees, turns):
+    @pytest.mark.parametrize("clockwise", [90, 180, 270])
+    def test_quarter_turns_are_applied(self, tmp_path, clockwise):
         frames = frames_of("coffee.png", 2, (48, 32))
-        path = write_video(tmp_path / "a.mkv", frames, rotation=degrees)
-        upright = np.rot90(frames, turns, axes=(1, 2))  # counterclockwise
+        path = turn_mov(write_video(tmp_path / "a.mov", frames), clockwise)
+        upright = np.rot90(frames, -clockwise // 90, axes=(1, 2))
         size = (upright.shape[2], upright.shape[1])
         assert probe(path).size == size
         np.testing.assert_array_equal(read_frames(path, [0, 1], size), upright)
