@@ -1,5 +1,6 @@
 """HunyuanVideo's VAE and text encoders: original files in, the fixtures' and the library's numbers out."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -288,6 +289,12 @@ def test_wrong_and_missing_files_are_named(encoders, vae_file, tmp_path):
         load(encoders / "clip_l.safetensors")
     assert loaded(EncodingOptions()) is None
     assert loaded(VaeOptions()) is None
+
+
+def test_the_first_option_of_each_group_is_the_one_to_name():
+    """Where previews find no encoder, they ask for the group's first option."""
+    for group in (CacheTextEncoderOptions, EncodingOptions):
+        assert dataclasses.fields(group)[0].name == "text_encoder1"
 
 
 def test_a_tokenizer_that_cuts_the_instruction_otherwise_is_refused(encoders, tmp_path):

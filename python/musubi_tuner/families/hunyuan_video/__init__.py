@@ -12,6 +12,7 @@ from musubi_tuner.families.base import Conditioning, Dit, Encoders, FamilySpec, 
 from musubi_tuner.families.hunyuan_video import keys, options, predict, text
 from musubi_tuner.families.hunyuan_video.config import dit_config
 from musubi_tuner.families.hunyuan_video.model import HunyuanVideoModel
+from musubi_tuner.families.hunyuan_video.options import TextEncoderOptions
 from musubi_tuner.families.hunyuan_video.spec import SPEC
 from musubi_tuner.families.hunyuan_video.vae import load_vae, sample_latents
 from musubi_tuner.nn.runner import Run, direct
@@ -44,7 +45,7 @@ class HunyuanVideoFamily:
         dtype: torch.dtype,  # noqa: ARG002 the option text_encoder_dtype tells
     ) -> Encoders | None:
         """LLaVA-Llama-3 and CLIP-L, when `options` name them; latents need no encoder."""
-        if not isinstance(options, text.Options) or not (options.text_encoder1 or options.text_encoder2):
+        if not isinstance(options, TextEncoderOptions) or not (options.text_encoder1 or options.text_encoder2):
             return None
         return text.load_text_encoders(options, device=device)
 

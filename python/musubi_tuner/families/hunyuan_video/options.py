@@ -32,29 +32,30 @@ class VaeOptions:
 
 
 @dataclass(frozen=True)
-class CacheTextEncoderOptions:
-    """HunyuanVideo text encoders (for the text cache)"""
-
-    text_encoder1: str = option("", help=_LLM, required=True)
-    text_encoder2: str = option("", help=_CLIP, required=True)
-    tokenizer1: str | None = option(None, help=_TOKENIZER.format("Llama 3"))
-    tokenizer2: str | None = option(None, help=_TOKENIZER.format("CLIP"))
-    text_encoder_dtype: str = option(
-        "float16", help="dtype of both and of cached features", choices=tuple(DTYPES), parse=dtype_name
-    )
-    fp8_llm: bool = option(False, help="keep the large weights of text_encoder1 in scaled FP8")
-
-
-@dataclass(frozen=True)
-class EncodingOptions(VaeOptions):
-    """HunyuanVideo text encoders and VAE (for samples)"""
+class TextEncoderOptions:
+    """HunyuanVideo text encoders"""
 
     text_encoder1: str | None = option(None, help=_LLM)
     text_encoder2: str | None = option(None, help=_CLIP)
     tokenizer1: str | None = option(None, help=_TOKENIZER.format("Llama 3"))
     tokenizer2: str | None = option(None, help=_TOKENIZER.format("CLIP"))
-    text_encoder_dtype: str = option("float16", help="dtype of both", choices=tuple(DTYPES), parse=dtype_name)
+    text_encoder_dtype: str = option(
+        "float16", help="dtype of both text encoders, and of cached features", choices=tuple(DTYPES), parse=dtype_name
+    )
     fp8_llm: bool = option(False, help="keep the large weights of text_encoder1 in scaled FP8")
+
+
+@dataclass(frozen=True)
+class CacheTextEncoderOptions(TextEncoderOptions):
+    """HunyuanVideo text encoders (for the text cache)"""
+
+    text_encoder1: str | None = option("", help=_LLM, required=True)
+    text_encoder2: str | None = option("", help=_CLIP, required=True)
+
+
+@dataclass(frozen=True)
+class EncodingOptions(VaeOptions, TextEncoderOptions):
+    """HunyuanVideo text encoders and VAE (for samples)"""
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,8 @@ SPEC: Final = FamilySpec(
     ),
     tasks={
         "t2v": SamplingDefaults(
-            steps=50,
-            guidance=1.0,
-            embedded_guidance=6.0,
-            shift=7.0,
-            solver="vanilla",
-            frames=129,
-            fps=24,
-        ),
+            steps=50, guidance=1.0, embedded_guidance=6.0, shift=7.0, solver="vanilla", frames=129, fps=24
+        )
     },
     default_task="t2v",
     target_fps=24.0,

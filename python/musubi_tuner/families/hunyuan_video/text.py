@@ -16,7 +16,7 @@ from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import Fp8Targets
-from musubi_tuner.families.hunyuan_video.options import CacheTextEncoderOptions, EncodingOptions
+from musubi_tuner.families.hunyuan_video.options import TextEncoderOptions
 from musubi_tuner.families.hunyuan_video.spec import TEXT_TOKENS
 from musubi_tuner.memory.placement import DTYPES
 from musubi_tuner.nn.text import clip, llama
@@ -27,8 +27,6 @@ from musubi_tuner.weights.reader import Header, open_checkpoint
 from musubi_tuner.weights.sizes import named_fields
 
 log = logging.getLogger(__name__)
-
-Options = CacheTextEncoderOptions | EncodingOptions
 
 
 @dataclass
@@ -56,7 +54,7 @@ class TextEncoders:
         return entries
 
 
-def load_text_encoders(options: Options, *, device: torch.device) -> TextEncoders:
+def load_text_encoders(options: TextEncoderOptions, *, device: torch.device) -> TextEncoders:
     """Both encoders on `device`. Raises UserError naming the file at fault, tokenizers before weights."""
     if not options.text_encoder1 or not options.text_encoder2:
         given = "--text_encoder1" if options.text_encoder1 else "--text_encoder2"
