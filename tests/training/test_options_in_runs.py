@@ -136,7 +136,7 @@ def test_both_groups_of_loraplus_have_their_rate_in_the_log(place, tmp_path):
         ([], "torch.optim.adamw.AdamW"),
         (["--optimizer_type", ""], "torch.optim.adamw.AdamW"),
         (["--optimizer_type", "AdaFactor"], "transformers.optimization.Adafactor"),
-        (["--optimizer_type", "torch.optim.SGD", "--optimizer_args", "momentum=0.9"], "torch.optim.sgd.SGD(momentum=0.9)"),
+        (["--optimizer_type", "SGD", "--optimizer_args", "momentum=0.9"], "torch.optim.sgd.SGD(momentum=0.9)"),
         (["--optimizer_type", "schedulefree.AdamWScheduleFree"], "schedulefree.adamw_schedulefree.AdamWScheduleFree"),
     ],
 )  # fmt: skip
