@@ -185,6 +185,18 @@ def test_training_writes_a_lora_of_the_established_form(trained):
     assert [path.suffix for path in (shop.root / "out" / "sample").iterdir()] == [".png"]
 
 
+def test_a_resumed_run_ends_with_the_same_lora_to_the_byte(cached):
+    two = ("--max_train_epochs", "2", "--save_every_n_epochs", "1", "--save_state")
+    musubi("hv_train_network", *cached.training("whole_run", *LORA, *two))
+    state = cached.file("out/whole_run-000001-state")
+    musubi("hv_train_network", *cached.training("resumed", *LORA, *two, "--resume", state))
+    a, b = (load_file(cached.root / "out" / f"{name}.safetensors") for name in ("whole_run", "resumed"))
+    first = load_file(cached.root / "out" / "whole_run-000001.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert any(not torch.equal(a[key], first[key]) for key in a)
+
+
 def picture(folder: Path) -> np.ndarray:
     (path,) = folder.glob("*.png")
     return np.asarray(Image.open(path)).astype(int)
