@@ -1,9 +1,9 @@
 """Starts training runs as processes of their own, cheaply: imports once, then forks for every line it is given.
 
 Run as `python run_server.py`; reads JSON lines from stdin and answers each with one JSON line:
-    {"place": ..., "out": ..., "words": [...], "sync": n or null}  ->  {"pid": ...}    a run; SIGKILL to itself at its
-                                                                                       n-th fsync where `sync` is given
-    {"wait": pid}                                                   ->  {"status": ...} as os.waitpid tells
+    {"place": ..., "out": ..., "words": [...]}  ->  {"pid": ...}     a run. "sync": n: it kills itself at its n-th
+                                                                     fsync; "env": {...}: with these variables
+    {"wait": pid}                               ->  {"status": ...}  as os.waitpid tells
 """
 
 import json
@@ -41,6 +41,7 @@ def _child(asked: dict) -> None:
     """One run, with the command line's own handling of faults."""
     with (Path(asked["out"]) / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 2)
+    os.environ.update(asked.get("env", {}))
     if asked.get("sync"):
         _die_at_sync(asked["sync"])
     console.configure()

@@ -1,13 +1,10 @@
 """Real runs that are killed, interrupted and terminated: nothing unreadable, and the same end as without."""
 
 import contextlib
-import json
 import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,46 +14,17 @@ from safetensors import safe_open
 
 from musubi_tuner.training.state import is_state, read_manifest, read_optimizer, read_weights
 from training_place import losses_in, make_place, tensors_in
+from training_server import Server
 
-ROOT = Path(__file__).parents[2]
 WORDS = ["--max_train_steps", "9", "--save_every_n_steps", "2", "--save_every_n_epochs", "1", "--save_state"]
 WORDS += ["--save_last_n_steps", "4", "--gradient_accumulation_steps", "1", "--network_dropout", "0.1"]
-
-
-class Server:
-    """Runs of `run_server.py`."""
-
-    def __init__(self) -> None:
-        paths = os.pathsep.join(str(ROOT / part) for part in ("python", "kernels", "tests"))
-        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__).with_name("run_server.py"))]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, **question: object) -> dict:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def start(self, place: Path, out: Path, words: list[str], *, sync: int | None = None) -> int:
-        out.mkdir(exist_ok=True)
-        return self.ask(place=str(place), out=str(out), words=words, sync=sync)["pid"]
-
-    def end(self, pid: int) -> int:
-        """The exit code of a run, negative for the signal that ended it."""
-        return os.waitstatus_to_exitcode(self.ask(wait=pid)["status"])
 
 
 @pytest.fixture(scope="module")
 def server():
     server = Server()
     yield server
-    server.process.stdin.close()
-    server.process.wait(timeout=30)
-    server.process.stdout.close()
+    server.close()
 
 
 @pytest.fixture(scope="module")

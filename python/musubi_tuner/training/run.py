@@ -72,7 +72,7 @@ def run(family: Family, options: Resolved) -> None:
     log.info("%d steps, precision %s, on %s", plan.max_steps, runtime.precision, runtime.device)
     dit.train()
     watching = observers if runtime.rank == 0 else ()
-    with interruptible(runtime) as stop:
+    with interruptible(runtime) as stop, runtime.speaking():
         train(step, setting.source, plan, rate=rate, observers=watching, state=setting.state, stop=stop)
     runtime.close()
     stop.leave()

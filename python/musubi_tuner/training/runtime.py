@@ -142,6 +142,16 @@ class LocalRuntime:
         if self._scaler is not None and state.get("scaler"):
             self._scaler.load_state_dict(dict(state["scaler"]))
 
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """A user's fault in the block may be this process's alone: all but the first, which is heard anyway, log it."""
+        try:
+            yield
+        except UserError as fault:
+            if self.rank:
+                log.error("%s", fault)
+            raise
+
     def close(self) -> None:
         """Leave the process group, at the end of a run."""
         if self.world > 1:

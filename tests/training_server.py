@@ -1,0 +1,56 @@
+"""Whole training runs in processes of their own, through `training/run_server.py`."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Server:
+    """Runs of `run_server.py`."""
+
+    def __init__(self) -> None:
+        paths = os.pathsep.join(str(ROOT / part) for part in ("python", "kernels", "tests"))
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(ROOT / "tests/training/run_server.py")]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, **question: object) -> dict:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(self, place: Path, out: Path, words: list[str], **more: object) -> int:
+        out.mkdir(exist_ok=True)
+        return self.ask(place=str(place), out=str(out), words=words, **more)["pid"]
+
+    def pair(self, place: Path, out: Path, words: list[str]) -> list[int]:
+        """Two processes of one run, as a launcher starts them."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared["ACCELERATE_USE_CPU"] = "true"
+        return [
+            self.start(place, out, words, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(2)
+        ]
+
+    def end(self, pid: int) -> int:
+        """The exit code of a run, negative for the signal that ended it."""
+        return os.waitstatus_to_exitcode(self.ask(wait=pid)["status"])
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=30)
+        self.process.stdout.close()
