@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -77,11 +78,15 @@ def main(folder: Path, kills: int, seed: int) -> None:
     logging.disable(logging.INFO)
     draw = random.Random(seed)
     rows: list[dict] = []
+    start = 0
     for _ in range(10 * kills):
         if sum(row["killed"] for row in rows) == kills:
             break
         hit = killed(folder, draw.uniform(0.01, 0.4))
-        rows.append({"killed": hit, **state(folder)})
+        rows.append({"killed": hit, "round": start, **state(folder)})
+        if not hit:  # all is made: begin again
+            start += 1
+            shutil.rmtree(folder / "c")
     (folder / "kills.json").write_text(json.dumps(rows))
 
 

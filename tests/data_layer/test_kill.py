@@ -51,11 +51,11 @@ def test_caching_survives_sigkill_at_any_moment(tmp_path, family, make_picture, 
     rows = json.loads((folder / "kills.json").read_text())
     assert sum(row["killed"] for row in rows) == kills
     assert [row["unreadable"] for row in rows if row["unreadable"]] == []
-    counts = [len(row["whole"]) for row in rows]
-    assert counts == sorted(counts)
-    assert any(0 < count < 2 * ITEMS for count in counts)  # kills fell inside the work
+    assert any(0 < len(row["whole"]) < 2 * ITEMS for row in rows)  # kills fell inside the work
+    assert all(len(row["whole"]) == 2 * ITEMS for row in rows if not row["killed"])
     for before, after in itertools.pairwise(rows):
-        assert before["whole"].items() <= after["whole"].items()  # what was whole is not written again
+        if before["round"] == after["round"]:
+            assert before["whole"].items() <= after["whole"].items()  # what was whole is not written again
     cache(family, folder, "--prune_cache")
     assert list((folder / "c").glob("*.tmp")) == list((folder / "c").glob(".*.tmp")) == []
     assert contents(folder) == contents(whole)
