@@ -149,7 +149,7 @@ def test_long_captions_are_cut_with_their_end_token_kept(umt5_file):
     encoder.max_length = 5
     cut, same = encoder.encode(["w3 w4 w5 w6 w7 w8 w9", "w3 w4 w5 w6"])
     assert cut.shape[0] == 5
-    assert torch.equal(cut, same)
+    assert distance(cut, same) < 1e-6
 
 
 def test_features_are_cut_to_the_caption_and_do_not_depend_on_the_batch(umt5_file):
