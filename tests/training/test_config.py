@@ -25,7 +25,8 @@ OTHER_DEFAULTS = {
     "output_name": "",
 }
 OWN = {"allow_prequantized", "attn_mode", "full_finetune", "model_config", "strict_cache", "t5_tokenizer"}
-OWN |= {"timestep_offset", "fp8_mode", "fp8_block_size", "fp8_format", "fp8_exclude", "fp8_report"}
+OWN |= {"timestep_offset", "fp8_mode", "fp8_block_size", "fp8_format", "fp8_exclude", "fp8_report", "initial_step"}
+OWN |= {"reset_counters"}
 OWN |= {"initial_step", "reset_counters"}
 REQUIRED = ["--dit", "a.safetensors", "--dataset_config", "d.toml", "--output_dir", "o", "--output_name", "n"]
 

@@ -33,6 +33,9 @@ class Diary(Quiet):
     def finish(self, state):
         self.ends.append(("finish", state.step))
 
+    def stopped(self, state):
+        self.ends.append(("stopped", state.step))
+
 
 def step_of(model: nn.Module, **changes) -> Step:
     parameters = list(model.parameters())
@@ -116,6 +119,23 @@ def test_an_epoch_that_ends_the_run_is_told_as_the_last():
     assert [(r.epoch, r.last) for r in diary.epochs] == [(1, False), (2, True)]
     assert Plan(4).epochs(2) == 2
     assert Plan(5, 3).epochs(4) == 3
+
+
+@pytest.mark.parametrize(("after", "epochs"), [(2, []), (3, [1]), (4, [1])])
+def test_a_run_that_is_asked_to_stop_ends_after_the_step_and_can_go_on(after, epochs):
+    """An epoch that ends with that step is told first; observers hear `stopped` in place of `finish`."""
+    source = MemorySource(items_of(6), 2)
+    whole, part, diary = Toy(24), Toy(24), Diary()
+    train(step_of(whole), source, Plan(7))
+    step = step_of(part)
+    state = train(step, source, Plan(7), observers=[diary], stop=lambda: len(diary.steps) == after)
+    assert [record.epoch for record in diary.epochs] == epochs
+    assert diary.ends == [("start", 0), ("stopped", after)]
+    train(step, source, Plan(7), observers=[diary], state=state)
+    assert diary.ends[2:] == [("start", after), ("finish", 7)]
+    assert torch.equal(weights(part), weights(whole))
+    assert [record.epoch for record in diary.epochs] == [1, 2]
+    assert diary.epochs[0].loss == pytest.approx(sum(r.loss for r in diary.steps[:3]) / 3)
 
 
 @pytest.mark.parametrize("stop", [3, 5, 8])

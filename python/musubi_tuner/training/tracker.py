@@ -53,6 +53,9 @@ class ProgressBar(Quiet):
     def finish(self, _state: State) -> None:
         self._bar.close()
 
+    def stopped(self, state: State) -> None:
+        self.finish(state)
+
 
 class Board(Protocol):
     """Where numbers and pictures go."""
@@ -163,6 +166,9 @@ class Tracker(Quiet):
     def finish(self, _state: State) -> None:
         for board in self.boards:
             board.close()
+
+    def stopped(self, state: State) -> None:
+        self.finish(state)
 
     def show(self, tag: str, pixels: Tensor, step: int) -> None:
         """An image, or a clip's frames side by side."""
