@@ -68,8 +68,20 @@ def test_a_few_steps_reduce_the_loss() -> None:
 
 def test_stages_follow_one_another() -> None:
     recipe = pretrain_vae.VaeRecipe()
-    first, second, third = recipe.stages
+    first, second, *_, last = recipe.stages
     assert recipe.stage_at(0) is first
     assert recipe.stage_at(first.steps) is second
-    assert recipe.stage_at(recipe.steps - 1) is third
+    assert recipe.stage_at(recipe.steps - 1) is last
     assert pretrain_vae.rate_at(recipe.steps, recipe) == pytest.approx(recipe.last_rate)
+
+
+def test_the_decoder_alone_is_trained_once_the_encoder_is_settled(pixels: Tensor) -> None:
+    recipe, average, model = pretrain_vae.VaeRecipe(), pretrain_vae.build(seed=2), pretrain_vae.build(seed=3)
+    pretrain_vae.settle_encoder(model, average)
+    pretrain_vae.loss_of(model, pixels, recipe, torch.Generator().manual_seed(1)).backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith(("encoder.", "quant_conv.")):
+            assert parameter.grad is None
+            assert torch.equal(parameter, average.get_parameter(name))
+    assert model.get_parameter("post_quant_conv.weight").grad is not None
+    assert model.get_parameter("decoder.conv_in.weight").grad.abs().sum() > 0

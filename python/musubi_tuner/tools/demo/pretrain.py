@@ -2,8 +2,9 @@
 
     python -m musubi_tuner.tools.demo.pretrain WORK_FOLDER SHIP_FOLDER
 
-Takes about an hour and a half on one core. Each part is kept in the work folder with its state, so a run that was stopped goes
-on. The shipped files are bfloat16 safetensors in Wan's original key layouts, with their sizes in `musubi.config`.
+Takes about an hour and a half on one core. Each part is kept in the work folder with its state, so a run that was
+stopped goes on. The shipped files are bfloat16 safetensors in Wan's original key layouts, with their sizes in
+`musubi.config`.
 """
 
 import argparse

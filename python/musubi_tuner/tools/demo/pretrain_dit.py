@@ -2,7 +2,8 @@
 
 Images first, then images with a small share of clips (mixed from the start, the digits came out worse in the same
 time), at last mostly clips: the first cycle left all of 200 pictures readable, but of the clips' first frames one in
-seven; the second brought a half, the third four in five. The weights that are shipped are an exponential average, which costs nothing and samples better.
+seven; the second brought a half, the third four in five. The weights that are shipped are an exponential average,
+which costs nothing and samples better.
 """
 
 import math
