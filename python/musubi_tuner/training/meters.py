@@ -1,13 +1,12 @@
 """What trackers show beside losses and rates: loss by noise level, memory, norms of the adapter.
 
-`Meters` is filled during a step (`losses` by the step itself, `put` by hooks) and read once at its end. Of several
-processes each has its own; the tracker's is that of the first.
+`Meters` is filled during a step (`losses` by the step itself, `put` by hooks) and read once at its end; where nobody
+reads, it does not grow. Of several processes each has its own; the tracker's is that of the first.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -22,13 +21,14 @@ class Meters:
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
-        self._bands: dict[int, list[float]] = defaultdict(list)
+        self._sums, self._counts = [0.0] * BANDS, [0] * BANDS
         self._values: dict[str, float] = {}
 
     def losses(self, t: Tensor, losses: Tensor) -> None:
         """t: [B] in (0, 1]; losses: [B], the weighted loss of each item."""
         for time, loss in zip(t.tolist(), losses.tolist(), strict=True):
-            self._bands[band_of(time)].append(loss)
+            self._sums[band_of(time)] += loss
+            self._counts[band_of(time)] += 1
 
     def put(self, values: Mapping[str, float]) -> None:
         """Numbers by tag, shown with this step's."""
@@ -36,9 +36,14 @@ class Meters:
 
     def read(self) -> dict[str, float]:
         """All numbers by tag, and an empty table for the next step."""
-        found = {f"loss/t_{band_name(band)}": sum(rows) / len(rows) for band, rows in sorted(self._bands.items())}
+        means = [
+            (total / count, band)
+            for band, (total, count) in enumerate(zip(self._sums, self._counts, strict=True))
+            if count
+        ]
+        found = {f"loss/t_{band_name(band)}": mean for mean, band in means}
         found |= self._values | {"memory/peak_gib": peak_memory(self._device) / 2**30}
-        self._bands.clear()
+        self._sums, self._counts = [0.0] * BANDS, [0] * BANDS
         self._values.clear()
         return found
 
