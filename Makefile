@@ -69,7 +69,7 @@ type: $(TEST)/.stamp-test $(TEST)/.stamp-dev
 
 bench: $(TEST)/.stamp-test
 	@echo "== bench: correctness gates first, then ratios =="
-	for file in benchmarks/bench_*.py; do $(TEST)/bin/python $$file; done
+	for file in benchmarks/*.py; do $(TEST)/bin/python $$file; done
 
 docs: $(TEST)/.stamp-test
 	@echo "== docs: the options page =="

