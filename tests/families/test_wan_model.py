@@ -12,11 +12,13 @@ from golden_data import TOLERANCE, distance, golden, manifest
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families import registry
 from musubi_tuner.families.wan.model import WanConfig, WanModel
+from musubi_tuner.families.wan.options import ModelOptions
 from musubi_tuner.nn.checkpointing import checkpointed
 from musubi_tuner.nn.runner import direct
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import Header, TensorInfo, open_checkpoint
+from tiny_models import header_of as header_of_tiny
 
 FAMILY = registry.get("wan")
 
@@ -255,3 +257,18 @@ def test_text_that_another_encoder_made_is_refused(model, case, shape):
     told = f"text of {shape[1]} tokens, {shape[2]} wide: this model takes at most 10 tokens, 56 wide"
     with pytest.raises(UserError, match=told):
         model(case.inputs["x"], case.inputs["t"], torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "right"),
+    [("wan2_1_t2v_1_3b", "t2v-14B", "t2v-1.3B"), ("wan2_1_t2v_14b", "t2v-1.3B", "t2v-14B or t2i-14B")],
+)
+def test_a_task_that_the_file_cannot_do_is_refused_with_the_one_it_can(name, task, right):
+    header = header_of(manifest(name))
+    with pytest.raises(UserError, match=f"--task {task}: .*; say --task {right}"):
+        FAMILY.build_dit(header, None, ModelOptions(task=task))
+    assert FAMILY.build_dit(header, None, ModelOptions(task=right.split()[0])).config.dim in (1536, 5120)
+
+
+def test_a_model_of_an_unusual_width_goes_with_any_task():
+    assert FAMILY.build_dit(header_of_tiny("wan"), None, ModelOptions(task="t2i-14B")).config.dim == 64

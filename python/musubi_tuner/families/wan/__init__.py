@@ -9,7 +9,7 @@ from torch import Tensor
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import Conditioning, Dit, Encoders, FamilySpec, Item, Vae
 from musubi_tuner.families.wan import keys, options, predict, text, vae
-from musubi_tuner.families.wan.config import wan_config
+from musubi_tuner.families.wan.config import check_task, wan_config
 from musubi_tuner.families.wan.model import WanModel
 from musubi_tuner.families.wan.spec import SPEC
 from musubi_tuner.nn.runner import Run, direct
@@ -69,11 +69,14 @@ class WanFamily:
         self,
         header: Header,
         config: Mapping[str, Any] | None = None,
-        options: Any = None,  # noqa: ARG002 the protocol's
+        options: Any = None,
     ) -> Dit:
-        """The transformer on meta."""
+        """The transformer on meta. UserError where `options.task` names a published model of another size."""
+        sizes = wan_config(header, config)
+        if options is not None:
+            check_task(options.task, sizes, header.paths[0])
         with torch.device("meta"):
-            return WanModel(wan_config(header, config))
+            return WanModel(sizes)
 
     def rename_dit_key(self, key: str) -> str | None:
         """Wrapper prefixes of repackaged files removed."""

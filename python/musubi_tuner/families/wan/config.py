@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from musubi_tuner.config.errors import UserError
@@ -56,3 +57,13 @@ def _sizes_from_shapes(shapes: Mapping[str | None, tuple[int, ...]], path: str) 
         "text_dim": shapes["text_embedding.0.weight"][1],
         "freq_dim": shapes["time_embedding.0.weight"][1],
     }
+
+
+_TASKS_BY_WIDTH = {1536: ("t2v-1.3B",), 5120: ("t2v-14B", "t2i-14B")}
+
+
+def check_task(task: str, sizes: WanConfig, path: Path) -> None:
+    """UserError where `task` cannot be the published model of this width; unusual widths go with any task."""
+    fitting = _TASKS_BY_WIDTH.get(sizes.dim, (task,))
+    if task not in fitting:
+        raise UserError(f"--task {task}: {path} is a model of width {sizes.dim}; say --task {' or '.join(fitting)}")
