@@ -64,7 +64,7 @@ FEATURES = (
     Feature("the demo's digits", "sklearn", "scikit-learn", 'pip install "musubi-tuner[demo]"'),
     Feature("--attn_mode flash", "flash_attn", "flash-attn", "pip install flash-attn (needs a CUDA device)"),
     Feature("--attn_mode xformers", "xformers", "xformers", "pip install xformers (needs a CUDA device)"),
-    Feature("--attn_mode sageattn", "sageattention", "sageattention", "pip install sageattention (needs a CUDA device)"),
+    Feature("--attn_mode sageattn", "sageattention", "sageattention", "pip install sageattention (needs CUDA)"),
     Feature("Triton kernels", "triton", "triton", "comes with torch for CUDA"),
 )
 
