@@ -21,6 +21,7 @@ Writes a table, gpu.json and gpu.png into `--out`. Contestants:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -68,7 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.smoke and not torch.cuda.is_available():
         print("no CUDA device: run with --smoke to see that the benchmark itself works", file=sys.stderr)
         return 2
-    clock: Clock = interpreted() if options.smoke else DeviceClock(options.rounds)
+    with interpreted() if options.smoke else contextlib.nullcontext():
+        return run(options, NoClock() if options.smoke else DeviceClock(options.rounds))
+
+
+def run(options: Options, clock: Clock) -> int:
+    """The gate, then every row on the clock's device; the exit status."""
     print(report.machine(clock.device))
     faults = contestants.faults(clock.device, smoke=options.smoke)
     if faults:
@@ -82,13 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def interpreted() -> Clock:
-    """Lets Triton's kernels run on the CPU from here on. The variable is read when triton is first imported."""
+def interpreted() -> contextlib.AbstractContextManager[object]:
+    """Lets Triton's kernels run on the CPU. The variable is read when triton is first imported."""
     os.environ["TRITON_INTERPRET"] = "1"
     from musubi_kernels.testing import patch_interpreter
 
-    patch_interpreter()
-    return NoClock()
+    return patch_interpreter()
 
 
 def parse(argv: Sequence[str] | None) -> Options:

@@ -31,9 +31,9 @@ PINS = [(backend, way) for backend in BACKENDS for way in WAYS]
 class Weights:
     """One weight [N, K] in all forms, as many copies as the cache needs."""
 
-    def __init__(self, n: int, k: int, device: torch.device) -> None:
+    def __init__(self, n: int, k: int, device: torch.device, copies: int | None = None) -> None:
         self.n, self.k, self.device = n, k, device
-        self.copies = 1 if device.type == "cpu" else max(2, min(64, -(-SPREAD_BYTES // (n * k))))
+        self.copies = copies or (1 if device.type == "cpu" else max(2, min(64, -(-SPREAD_BYTES // (n * k)))))
         generator = torch.Generator(device).manual_seed(n * 7 + k)
         self.w = torch.randn(n, k, generator=generator, device=device, dtype=torch.bfloat16) * 0.02
         with pinned("reference"):
