@@ -57,7 +57,7 @@ def _execute(statement: str, registers: dict[str, Array], shape: tuple[int, ...]
     if matched is None:
         raise UnknownAssembly(f"inline PTX statement {statement!r} is not modelled, in:\n{asm}")
     negated, predicate, opcode, rest = matched.groups()
-    operands = [operand.strip() for operand in re.findall(r"\{[^}]*\}|[^,]+", rest)]
+    operands = [operand.strip() for operand in re.findall(r"\{[^}]*\}|[^,{}\s][^,]*", rest)]
     targets, sources = _names(operands[0]), operands[1:]
     if opcode.startswith("mov."):
         values = [_value(name, registers, shape, asm) for name in _names(sources[0])]
