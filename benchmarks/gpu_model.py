@@ -89,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", default="1024,4096,14040", help=f"of {', '.join(map(str, GRIDS))}")
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--steps", type=int, default=3, help="steps that count")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of each block, in every way")
+    parser.add_argument("--profile", action="store_true", help="print the kernels that take most of a step of ours")
     parser.add_argument("--out", default="build/bench-gpu", help="folder for model.json")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -100,15 +102,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if fault:
         print(f"not measured: {fault}", file=sys.stderr)
         return 1
-    runners = [Runner(way, options.size, device) for way in options.ways.split(",")]
+    runners = [Runner(way, options.size, device, compiled=options.compile) for way in options.ways.split(",")]
     rows = []
     for tokens in map(int, options.tokens.split(",")):
         rows += in_turn(runners, tokens, options.steps)
         print(*rows[-len(runners) :], sep="\n", flush=True)
+        if options.profile:
+            print(profile(runners[0].step(tokens)), flush=True)
     print(table(rows))
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"machine": report.machine(device), "rank": RANK, "rows": [asdict(row) for row in rows]}
+    content = {
+        "machine": report.machine(device),
+        "rank": RANK,
+        "compiled": options.compile,
+        "rows": [asdict(row) for row in rows],
+    }
     (folder / "model.json").write_text(json.dumps(content, indent=1))
     return 0
 
@@ -184,10 +193,13 @@ def step_of(model: WanModel, parameters: Sequence[nn.Parameter], tokens: int) ->
 class Runner:
     """One way on the card, with its optimiser."""
 
-    def __init__(self, way: str, size: str, device: torch.device) -> None:
+    def __init__(self, way: str, size: str, device: torch.device, *, compiled: bool) -> None:
         self.way, self.size = way, size
         before = torch.cuda.memory_allocated()
         self.model, self.parameters = built(way, size, device)
+        if compiled:
+            for block in self.model.blocks:
+                block.compile()
         gc.collect()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True)
         self.held = torch.cuda.memory_allocated() - before
@@ -220,6 +232,14 @@ def in_turn(runners: Sequence[Runner], tokens: int, steps: int) -> list[Row]:
         Row(r.way, r.size, tokens, statistics.median(times[r.way][2:]), (r.held + peaks[r.way]) / 1e9, r.held / 1e9)
         for r in runners
     ]
+
+
+def profile(step: Callable[[], None]) -> str:
+    """The kernels of one step by time on the device."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    return str(seen.key_averages().table(sort_by="cuda_time_total", row_limit=25, max_name_column_width=60))
 
 
 def disagreement(device: torch.device) -> str | None:
