@@ -1,0 +1,72 @@
+"""Products by panels: dequantise a bounded part of the FP8 weight in one pass, multiply with torch, drop it.
+
+For many rows a cuBLAS product on a 16-bit weight is as fast as a tile of ours, and the pass that makes the panel costs
+3 bytes of traffic a weight (1 read, 2 written; the usual cast and multiply move 7). What is written is bounded:
+`PANEL_BYTES` at a time. The forward takes rows of W, so each panel fills columns of y; the input gradient takes columns
+of W, so each fills columns of dX and no 16-bit partial sums are added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import torch
+
+PANEL_BYTES: Final = 64 << 20
+_STEP: Final = 256
+"""Panels begin at multiples of this, so that cuBLAS sees aligned columns; blocks of scales divide it or are it."""
+
+Dequantize = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
+"""(codes uint8 [n, k], their scales, dtype) -> [n, k]: the backend's one-pass kernel."""
+
+
+def product(
+    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, dequantize: Dequantize
+) -> torch.Tensor:
+    """x [M, K] @ (q * scale)^T + bias as [M, N] in x's dtype."""
+    n = q.shape[0]
+    pieces = list(_pieces(n, q.shape[1] * x.element_size()))
+    bias = None if bias is None else bias.to(x.dtype)
+    if len(pieces) == 1:
+        return torch.nn.functional.linear(x, dequantize(q, scale, x.dtype), bias)
+    y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+    for rows in pieces:
+        panel = dequantize(q[rows], scale if scale.ndim <= 1 else scale[rows], x.dtype)
+        if bias is None:
+            torch.mm(x, panel.t(), out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, panel.t(), out=y[:, rows])
+    return y
+
+
+def input_gradient(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, dequantize: Dequantize) -> torch.Tensor:
+    """grad [M, N] @ (q * scale) as [M, K] in grad's dtype."""
+    k = q.shape[1]
+    pieces = list(_pieces(k, q.shape[0] * grad.element_size(), _block(scale, k)))
+    if len(pieces) == 1:
+        return grad @ dequantize(q, scale, grad.dtype)
+    dx = torch.empty((grad.shape[0], k), dtype=grad.dtype, device=grad.device)
+    for columns in pieces:
+        panel = dequantize(q[:, columns], _scale_of(scale, columns, k), grad.dtype)
+        torch.mm(grad, panel, out=dx[:, columns])
+    return dx
+
+
+def _pieces(extent: int, bytes_each: int, unit: int = 1) -> Iterator[slice]:
+    """Slices of `extent` that take at most PANEL_BYTES, or one step where even that is more."""
+    step = _STEP if _STEP % unit == 0 else unit
+    width = max(step, PANEL_BYTES // max(1, bytes_each) // step * step)
+    for start in range(0, max(1, extent), width):
+        yield slice(start, min(start + width, extent))
+
+
+def _block(scale: torch.Tensor, k: int) -> int:
+    return k // max(1, scale.shape[1]) if scale.ndim == 3 else 1
+
+
+def _scale_of(scale: torch.Tensor, columns: slice, k: int) -> torch.Tensor:
+    if scale.ndim != 3:
+        return scale
+    block = _block(scale, k)
+    return scale[:, columns.start // block : -(-columns.stop // block)]
