@@ -43,7 +43,7 @@ int launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_byt
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
   kernel<<<blocks, static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes),
-           reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
+           reinterpret_cast<cudaStream_t>(stream)> > >(arguments...);
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -1,6 +1,5 @@
-#include "common/gpu_error.h"
-
 #include "common/gpu.cuh"
+#include "common/gpu_error.h"
 
 namespace musubi::gpu {
 

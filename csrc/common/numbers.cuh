@@ -99,7 +99,7 @@ template <class T, Format kFormat>
 MUSUBI_DEVICE void decode(uint32_t codes, uint32_t (&pairs)[2]) {
   if (T::dtype == Dtype::f16) return decode_f16<kFormat>(codes, pairs);
 #if !MUSUBI_HAS_FP8_CONVERSION
-  if (kFormat == Format::e4m3) {  // integer operations and one product per pair
+  if (kFormat == Format::e4m3) {                                          // integer operations and one product per pair
     const __nv_bfloat162 rebias = bit_cast<__nv_bfloat162>(0x7b807b80u);  // 2^120
     const uint32_t spread[2] = {permute(codes, 0, 0x1404), permute(codes, 0, 0x3424)};
     for (int i = 0; i < 2; ++i) {

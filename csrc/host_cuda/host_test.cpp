@@ -93,7 +93,9 @@ struct Layer {
         x_stride(contraction + c.x_gap),
         w_stride(c.k + c.w_gap),
         block(c.block > 0 ? c.block : c.k),
-        scale_row(c.block > 0 ? c.k / c.block : c.block == 0 ? 1 : 0),
+        scale_row(c.block > 0    ? c.k / c.block
+                  : c.block == 0 ? 1
+                                 : 0),
         x(c.m * x_stride - c.x_gap, c.dtype),
         codes(c.n * w_stride - c.w_gap, c.w_shift),
         scales(c.block >= 0 ? c.n * scale_row : 1, c.scale_dtype),
@@ -128,7 +130,7 @@ musubi::LinearTask task_of(const LinearCase& c, Layer& layer) {
   task.w.codes = layer.codes.data();
   task.w.rows = c.n, task.w.cols = c.k, task.w.stride = layer.w_stride;
   task.w.scale = layer.scales.data(), task.w.scale_dtype = c.scale_dtype;
-  task.w.scale_row = layer.scale_row, task.w.scale_block = c.block > 0 ? 1 : 0;
+  task.w.scale_row = layer.scale_row, task.w.scale_block = c.block >= 0 ? 1 : 0;
   task.w.block = layer.block, task.w.format = c.format;
   task.bias = {layer.bias.data(), 1, layer.outputs, 0, Dtype::f32};
   if (c.rank > 0) {
@@ -185,8 +187,8 @@ void check_linear(const LinearCase& c, bool small) {
     bias_only = std::fmax(bias_only, std::fabs(layer.bias.get(at % layer.outputs) - exact[i]));
   }
   EXPECT(worst <= kTolerance * largest, "%s (%s): %g of %g", c.name, small ? "small" : "tile", worst, largest);
-  EXPECT(std::isnan(worst) || bias_only >= 0.5 * largest, "%s proves nothing: the bias alone is off by %g of %g", c.name,
-         bias_only, largest);
+  EXPECT(std::isnan(worst) || bias_only >= 0.5 * largest, "%s proves nothing: the bias alone is off by %g of %g",
+         c.name, bias_only, largest);
 }
 
 void check_all_linear() {
@@ -210,10 +212,10 @@ struct QuantizeCase {
 };
 
 const QuantizeCase kQuantize[] = {
-    {5, 256, 64, Dtype::bf16, Format::e4m3, Dtype::bf16},   {3, 480, 96, Dtype::f32, Format::e4m3, Dtype::f32},
-    {4, 320, 64, Dtype::f16, Format::e5m2, Dtype::f32, 8},  {7, 70, 70, Dtype::bf16, Format::e4m3, Dtype::f32},
-    {3, 1000, 1000, Dtype::f16, Format::e5m2, Dtype::bf16}, {2, 603, 201, Dtype::f32, Format::e4m3, Dtype::f16},
-    {1, 5001, 5001, Dtype::bf16, Format::e4m3, Dtype::f32}, {1, 4096, 4096, Dtype::f32, Format::e5m2, Dtype::bf16},
+    {5, 256, 64, Dtype::bf16, Format::e4m3, Dtype::bf16},      {3, 480, 96, Dtype::f32, Format::e4m3, Dtype::f32},
+    {4, 320, 64, Dtype::f16, Format::e5m2, Dtype::f32, 8},     {7, 70, 70, Dtype::bf16, Format::e4m3, Dtype::f32},
+    {3, 1000, 1000, Dtype::f16, Format::e5m2, Dtype::bf16},    {2, 603, 201, Dtype::f32, Format::e4m3, Dtype::f16},
+    {1, 5001, 5001, Dtype::bf16, Format::e4m3, Dtype::f32},    {1, 4096, 4096, Dtype::f32, Format::e5m2, Dtype::bf16},
     {40, 128, 128, Dtype::bf16, Format::e4m3, Dtype::bf16, 3},
 };
 
@@ -265,7 +267,8 @@ void check_quantize(const QuantizeCase& c) {
       largest = std::fmax(largest, std::fabs(static_cast<float>(w.get(row * stride + start + i))));
     }
     const float smallest = rounded_to(1e-8f, c.scale_dtype);
-    const float scale = std::fmax(rounded_to(largest / static_cast<float>(largest_of(c.format)), c.scale_dtype), smallest);
+    const float scale =
+        std::fmax(rounded_to(largest / static_cast<float>(largest_of(c.format)), c.scale_dtype), smallest);
     off += static_cast<float>(scales.get(g)) != scale;
     for (int64_t i = 0; i < c.width; ++i) {
       const float value = static_cast<float>(w.get(row * stride + start + i));
@@ -305,13 +308,15 @@ void check_dequantize(Format format, Dtype scale_dtype, Dtype out_dtype, int64_t
       } else if (std::isinf(product)) {
         off += !(std::isinf(got) || (out_dtype == Dtype::f16 && std::fabs(got) == 65536.0));
       } else if (out_dtype == Dtype::f16) {
-        off += std::fabs(got) != rounded_to(std::fabs(product), out_dtype) || std::signbit(got) != std::signbit(product);
+        off +=
+            std::fabs(got) != rounded_to(std::fabs(product), out_dtype) || std::signbit(got) != std::signbit(product);
       } else {
         off += got != rounded_to(product, out_dtype);
       }
     }
   }
-  EXPECT(off == 0 && nans > 0, "dequantise %ld columns: %ld values differ", static_cast<long>(cols), static_cast<long>(off));
+  EXPECT(off == 0 && nans > 0, "dequantise %ld columns: %ld values differ", static_cast<long>(cols),
+         static_cast<long>(off));
 }
 
 void check_conversions() {

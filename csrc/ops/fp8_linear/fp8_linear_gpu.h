@@ -7,7 +7,7 @@
 
 namespace musubi::gpu {
 
-inline constexpr int64_t kSmallRows = 32;  // the most rows of x that `linear_small` takes
+inline constexpr int64_t kSmallRows = 32;   // the most rows of x that `linear_small` takes
 inline constexpr int64_t kSmallBlock = 64;  // of what a block of scales must be a multiple, unless one covers the row
 inline constexpr int64_t kTileBlock = 32;   // the same for `linear_tile`
 

@@ -129,7 +129,8 @@ class Tile {
     const int64_t n = depth + row, k = col0_ + group * 32;
     const Fp8Rows& w = task_.w;
     const bool real = n < w.rows && k < w.cols;
-    const float scale = real ? load_as_float(w.scale, w.scale_dtype, n * w.scale_row + k / w.block * w.scale_block) : 0.0f;
+    const float scale =
+        real ? load_as_float(w.scale, w.scale_dtype, n * w.scale_row + k / w.block * w.scale_block) : 0.0f;
     reinterpret_cast<float*>(to)[group * kDepth + row] = scale;
   }
 
@@ -258,7 +259,8 @@ class Tile {
         reinterpret_cast<uint16_t*>(tail + x_place(output, depth / 8))[depth % 8] = T::round(value);
       }
       barrier();
-      const int products = task_.low.cols - r0 < kDepth ? static_cast<int>((task_.low.cols - r0 + 15) / 16) : kDepth / 16;
+      const int products =
+          task_.low.cols - r0 < kDepth ? static_cast<int>((task_.low.cols - r0 + 15) / 16) : kDepth / 16;
 #pragma unroll 1
       for (int j = 0; j < products; ++j) {
         uint32_t a[kMTiles][4];

@@ -93,8 +93,8 @@ int dequantize_as(const DequantizeTask& task, int64_t stream) {
                          stream, task, steps);
   }
   const int64_t blocks = (total + kThreads - 1) / kThreads;
-  return MUSUBI_LAUNCH((dequantize_any<kFormat>), (Grid{blocks < (1 << 20) ? blocks : 1 << 20, 1}), kThreads, 0,
-                       stream, task);
+  return MUSUBI_LAUNCH((dequantize_any<kFormat>), (Grid{blocks < (1 << 20) ? blocks : 1 << 20, 1}), kThreads, 0, stream,
+                       task);
 }
 
 int dequantize(const DequantizeTask& task, int64_t stream) {
@@ -169,8 +169,8 @@ quantize_groups(QuantizeTask task, bool whole) {
   const int lane = thread_index() % kTeam;
   const bool here = group < groups;  // a warp stays together for the shuffles
   const int64_t row = here ? group / per_row : 0, start = here ? group % per_row * task.width : 0;
-  const char* const from = static_cast<const char*>(task.w.data) +
-                           (row * task.w.stride + start) * (task.w.dtype == Dtype::f32 ? 4 : 2);
+  const char* const from =
+      static_cast<const char*>(task.w.data) + (row * task.w.stride + start) * (task.w.dtype == Dtype::f32 ? 4 : 2);
   const int64_t width = here ? task.width : 0;
   float held[kHeldSteps][kWeights];
   uint32_t peak = 0;

@@ -1,4 +1,5 @@
-// Quantise and dequantise on a CUDA device. Each gives the launch's error, 0 for none (common/gpu_error.h has its text).
+// Quantise and dequantise on a CUDA device. Each gives the launch's error, 0 for none (common/gpu_error.h has its
+// text).
 #pragma once
 
 #include <cstdint>
