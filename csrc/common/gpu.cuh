@@ -42,8 +42,10 @@ int launch(void (*kernel)(Parameters...), Grid grid, int threads, int shared_byt
     }
   }
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y));
-  kernel<<<blocks, static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes),
-           reinterpret_cast<cudaStream_t>(stream)> > >(arguments...);
+  const auto on = reinterpret_cast<cudaStream_t>(stream);
+  // clang-format off: it parts the closing brackets, which nvcc takes for comparisons
+  kernel<<<blocks, static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes), on>>>(arguments...);
+  // clang-format on
   return static_cast<int>(cudaGetLastError());
 }
 

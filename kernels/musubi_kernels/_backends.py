@@ -13,8 +13,6 @@ import os
 from types import ModuleType
 from typing import Final, Literal, get_args
 
-import torch
-
 Backend = Literal["native", "triton", "cuda", "reference"]
 BACKENDS: Final[tuple[Backend, ...]] = get_args(Backend)
 """All backends, in the order in which an op asks them."""
@@ -50,20 +48,14 @@ def missing(backend: Backend) -> str | None:
         module, reason = load_native()
         return reason if module is None else None
     if backend == "triton":
-        return _missing_triton()
+        from musubi_kernels import _triton
+
+        return _triton.missing()
     if backend == "cuda":
         from musubi_kernels import _cuda
 
         return _cuda.missing()
     return None
-
-
-def _missing_triton() -> str | None:
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return "this version has no Triton bodies"
 
 
 def backends() -> dict[str, str]:
