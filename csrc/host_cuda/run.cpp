@@ -26,6 +26,8 @@ namespace {
 
 constexpr size_t kStack = 128 * 1024;
 constexpr int kLanes = 32;
+constexpr int kGuard = MUSUBI_ASAN ? 0 : 64;  // bytes behind the shared memory that nothing may touch
+constexpr unsigned char kUntouched = 0xa5;
 constexpr int kDeposit = 64;  // bytes a lane may bring to a warp operation, and take away
 
 struct Copy {
@@ -185,8 +187,9 @@ void schedule() {
 void start_block(int shared_bytes) {
   State& s = state();
   // of exactly this size on the heap, so that a sanitizer sees a step beyond it; 0xff is NaN in every format here
-  s.shared.reset(static_cast<unsigned char*>(::operator new[](static_cast<size_t>(shared_bytes))));
+  s.shared.reset(new unsigned char[static_cast<size_t>(shared_bytes + kGuard)]);
   std::memset(s.shared.get(), 0xff, static_cast<size_t>(shared_bytes));
+  std::memset(s.shared.get() + shared_bytes, kUntouched, kGuard);
   s.shared_bytes = shared_bytes;
   s.waiting = 0;
   s.warps.assign(static_cast<size_t>((s.threads + kLanes - 1) / kLanes), Warp());
@@ -269,6 +272,9 @@ void run(const void* kernel, int64_t grid_x, int64_t grid_y, int threads, int sh
       for (int i = 0; s.error.empty() && i < threads; ++i) {
         s.current = i;
         if (!s.fibers[static_cast<size_t>(i)].done) fail("this thread waits for others that never come");
+      }
+      for (int i = 0; s.error.empty() && i < kGuard; ++i) {
+        if (s.shared[static_cast<size_t>(shared_bytes + i)] != kUntouched) fail("a write behind the shared memory");
       }
       if (!s.error.empty()) return;
     }

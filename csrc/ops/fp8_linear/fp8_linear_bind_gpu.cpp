@@ -1,8 +1,8 @@
 #include <pybind11/pybind11.h>
 
 #include "bind.h"
-#include "common/check.h"
 #include "common/gpu_bind.h"
+#include "ops/fp8_linear/fp8_linear_args.h"
 #include "ops/fp8_linear/fp8_linear_gpu.h"
 
 namespace musubi {
@@ -14,20 +14,10 @@ void linear(bool small, int64_t device, int64_t stream, bool transposed,        
             int64_t scale_row, int64_t scale_block, int64_t block, int64_t scale_dtype, int64_t format,  //
             int64_t bias, int64_t bias_dtype, int64_t low, int64_t low_stride, int64_t low_dtype, int64_t tail,
             int64_t tail_stride, int64_t tail_dtype, int64_t rank, double strength, int64_t out) {
-  LinearTask task;
-  task.transposed = transposed;
-  task.x = rows_of(x, x_rows, x_cols, x_stride, x_dtype);
-  task.w = fp8_rows_of(codes, w_rows, w_cols, w_stride, scale, scale_row, scale_block, block, scale_dtype, format);
-  require(x_cols == (transposed ? w_rows : w_cols), "x and the weight disagree about the contraction", x_cols);
-  task.bias = rows_of(bias, 1, task.outputs(), 0, bias_dtype);
-  if (low != 0) {
-    task.low = rows_of(low, x_rows, rank, low_stride, low_dtype);
-    task.tail = transposed ? rows_of(tail, rank, w_cols, tail_stride, tail_dtype)
-                           : rows_of(tail, w_rows, rank, tail_stride, tail_dtype);
-    task.strength = static_cast<float>(strength);
-  }
-  task.out = pointer(out);
-  task.out_dtype = task.x.dtype;
+  const LinearTask task =
+      linear_task_of(transposed, x, x_rows, x_cols, x_stride, x_dtype, codes, w_rows, w_cols, w_stride, scale,
+                     scale_row, scale_block, block, scale_dtype, format, bias, bias_dtype, low, low_stride, low_dtype,
+                     tail, tail_stride, tail_dtype, rank, strength, out);
   require(small ? gpu::small_serves(task) : gpu::tile_serves(task),
           "this kernel has no such dtype, block or number of rows; rows", x_rows);
   const pybind11::gil_scoped_release release;

@@ -54,7 +54,7 @@ linear_small_kernel(LinearTask task, bool aligned_w, bool aligned_x) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int64_t k = k0 + u * kSmallWarps * kStep, mine = k + t * 16;
-      const int64_t block = k < w.cols ? k / w.block : 0;
+      const int64_t block = k < w.cols && w.scale_block != 0 ? divide(k, w.block) : 0;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         codes[u][r] = load_bytes<true>(codes_of[r] + mine, w.cols - mine, aligned_w);

@@ -130,7 +130,7 @@ class Tile {
     const Fp8Rows& w = task_.w;
     const bool real = n < w.rows && k < w.cols;
     const float scale =
-        real ? load_as_float(w.scale, w.scale_dtype, n * w.scale_row + k / w.block * w.scale_block) : 0.0f;
+        real ? load_as_float(w.scale, w.scale_dtype, n * w.scale_row + divide(k, w.block) * w.scale_block) : 0.0f;
     reinterpret_cast<float*>(to)[group * kDepth + row] = scale;
   }
 

@@ -163,12 +163,11 @@ MUSUBI_DEVICE void store_codes(uint8_t* to, int64_t count, bool whole, float sca
 // One team of kTeam lanes per group; a lane takes every kTeam-th eight of its weights.
 template <Format kFormat, int kTeam>
 MUSUBI_KERNEL(kThreads, 2)
-quantize_groups(QuantizeTask task, bool whole) {
-  const int64_t per_row = task.w.cols / task.width, groups = task.w.rows * per_row;
+quantize_groups(QuantizeTask task, int64_t per_row, bool whole) {
   const int64_t group = block_index() * (kThreads / kTeam) + thread_index() / kTeam;
   const int lane = thread_index() % kTeam;
-  const bool here = group < groups;  // a warp stays together for the shuffles
-  const int64_t row = here ? group / per_row : 0, start = here ? group % per_row * task.width : 0;
+  const bool here = group < task.w.rows * per_row;  // a warp stays together for the shuffles
+  const int64_t row = here ? divide(group, per_row) : 0, start = here ? (group - row * per_row) * task.width : 0;
   const char* const from =
       static_cast<const char*>(task.w.data) + (row * task.w.stride + start) * (task.w.dtype == Dtype::f32 ? 4 : 2);
   const int64_t width = here ? task.width : 0;
@@ -251,15 +250,15 @@ int quantize_as(const QuantizeTask& task, uint32_t* peak, int64_t stream) {
     if (error != 0) return error;
     return MUSUBI_LAUNCH((quantize_all<kFormat>), grid, kThreads, 0, stream, task, peak, whole);
   }
-  const int64_t groups = task.w.rows * (task.w.cols / task.width);
+  const int64_t per_row = task.w.cols / task.width, groups = task.w.rows * per_row;
   const auto grid_for = [&](int team) {
     const int64_t per_block = kThreads / team;
     return Grid{(groups + per_block - 1) / per_block, 1};
   };
   if (task.width <= 8 * kWeights * kHeldSteps) {
-    return MUSUBI_LAUNCH((quantize_groups<kFormat, 8>), grid_for(8), kThreads, 0, stream, task, whole);
+    return MUSUBI_LAUNCH((quantize_groups<kFormat, 8>), grid_for(8), kThreads, 0, stream, task, per_row, whole);
   }
-  return MUSUBI_LAUNCH((quantize_groups<kFormat, 32>), grid_for(32), kThreads, 0, stream, task, whole);
+  return MUSUBI_LAUNCH((quantize_groups<kFormat, 32>), grid_for(32), kThreads, 0, stream, task, per_row, whole);
 }
 
 int quantize(const QuantizeTask& task, uint32_t* peak, int64_t stream) {

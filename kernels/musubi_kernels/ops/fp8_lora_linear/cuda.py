@@ -5,6 +5,7 @@ The products with one small side (x down^T, dY up, u^T x, dY^T h) are torch's, i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -83,7 +84,7 @@ def tells(
 
 
 def _with_branch(
-    product: base.Callable[[], torch.Tensor], h: torch.Tensor, up: torch.Tensor, strength: float
+    product: Callable[[], torch.Tensor], h: torch.Tensor, up: torch.Tensor, strength: float
 ) -> torch.Tensor:
     y = product()
     return y.addmm_(h, up.to(y.dtype).t(), alpha=strength)
