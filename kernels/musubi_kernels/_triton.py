@@ -151,16 +151,19 @@ def scales_of(q: torch.Tensor, scale: torch.Tensor) -> Scales:
     return Scales(scale, scale.stride(0) if scale.ndim >= 2 else 0, 0, k)
 
 
-def step_of(block: int, step: int, length: int) -> tuple[str, int]:
-    """(`step` or `each`, scales per step) of a kernel that goes along `length` weights in steps of `step`.
+def step_of(scales: Scales, step: int, length: int, *, otherwise: str) -> tuple[str, int, int]:
+    """(how, block, scales per step) of a kernel that goes along `length` weights of a row in steps of `step`.
 
-    `step` needs steps that hold whole blocks, or blocks that hold whole steps.
+    `step` needs steps that hold whole blocks, or blocks that hold whole steps; `each` looks a scale up per weight;
+    `otherwise` is the kernel's way with scales that do not change along a row.
     """
-    if block % step == 0:
-        return "step", 1
-    if step % block == 0 and length % step == 0 and block & (block - 1) == 0:
-        return "step", step // block
-    return "each", 1
+    if scales.layout != "block":
+        return otherwise, 1 << 30, 1
+    if scales.block % step == 0:
+        return "step", scales.block, 1
+    if step % scales.block == 0 and length % step == 0 and scales.block & (scales.block - 1) == 0:
+        return "step", scales.block, step // scales.block
+    return "each", scales.block, 1
 
 
 def needs_split(kind: str, scale: torch.dtype) -> bool:

@@ -70,7 +70,6 @@ def _fp8_linear_fwd_kernel(
     M,
     N,
     K,
-    block,
     rank,
     strength,
     x_stride,
@@ -86,6 +85,7 @@ def _fp8_linear_fwd_kernel(
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
     SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -131,7 +131,7 @@ def _fp8_linear_fwd_kernel(
         if SCALES == "row":
             factor = tl.full([BN, BK], 1.0, tl.float32)
         elif SCALES == "each":
-            at = s_row[:, None] + ((k + inner) // block)[None, :] * scale_block
+            at = s_row[:, None] + ((k + inner) // BLOCK)[None, :] * scale_block
             factor = tl.load(at, mask=(k + inner < K)[None, :], other=0.0)
         else:
             factor = spread(s, BN, GROUPS, BK)
@@ -141,8 +141,11 @@ def _fp8_linear_fwd_kernel(
         else:
             acc = tl.dot(a, w.T, acc)
         if SCALES == "step":
-            following = min(k + BK, K - BK) // block
-            s = tl.load(s_at + following * scale_block)
+            if BLOCK <= BK:
+                s_at += GROUPS * scale_block
+                s = tl.load(s_at, mask=k + BK < K, other=0.0)
+            else:
+                s = tl.load(s_at + (k + BK) // BLOCK * scale_block, mask=k + BK < K, other=0.0)
         x_at += BK
         q_at += BK
     if SWAP:
@@ -170,7 +173,6 @@ def _fp8_linear_dx_kernel(
     M,
     N,
     K,
-    block,
     rank,
     strength,
     grad_stride,
@@ -186,6 +188,7 @@ def _fp8_linear_dx_kernel(
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
     SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_LOW: tl.constexpr,
@@ -210,9 +213,9 @@ def _fp8_linear_dx_kernel(
     g_at = grad + safe_m[:, None] * grad_stride + inner[None, :]
     q_at = q + inner.to(tl.int64)[:, None] * q_stride + columns[None, :]
     if SCALES == "step":
-        groups = tile_k * BN // block + tl.arange(0, GROUPS)
+        groups = tile_k * BN // BLOCK + tl.arange(0, GROUPS)
         s_at = scale + inner.to(tl.int64)[:, None] * scale_row + groups[None, :] * scale_block
-        s = tl.load(s_at, mask=(inner < N)[:, None] & (groups * block < K)[None, :], other=0.0)
+        s = tl.load(s_at, mask=(inner < N)[:, None] & (groups * BLOCK < K)[None, :], other=0.0)
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     for n in range(0, N, BK):
         if EVEN:
@@ -225,7 +228,7 @@ def _fp8_linear_dx_kernel(
         if SCALES == "one":
             factor = tl.full([BK, BN], 1.0, tl.float32)
         elif SCALES == "each":
-            at = scale + (n + inner).to(tl.int64)[:, None] * scale_row + (columns // block)[None, :] * scale_block
+            at = scale + (n + inner).to(tl.int64)[:, None] * scale_row + (columns // BLOCK)[None, :] * scale_block
             factor = tl.load(at, mask=(n + inner < N)[:, None] & (columns < K)[None, :], other=0.0)
         else:
             factor = spread(s, BK, GROUPS, BN)
@@ -235,7 +238,7 @@ def _fp8_linear_dx_kernel(
         q_at += BK * q_stride
         if SCALES == "step":
             s_at += BK * scale_row
-            later = (n + BK + inner < N)[:, None] & (groups * block < K)[None, :]
+            later = (n + BK + inner < N)[:, None] & (groups * BLOCK < K)[None, :]
             s = tl.load(s_at, mask=later, other=0.0)
     if AFTER != 1.0:
         acc *= AFTER
@@ -256,7 +259,6 @@ def _fp8_linear_rows_kernel(
     y,
     N,
     K,
-    block,
     x_stride,
     q_stride,
     scale_row,
@@ -266,6 +268,7 @@ def _fp8_linear_rows_kernel(
     ASM: tl.constexpr,
     BEFORE: tl.constexpr,
     SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -295,10 +298,10 @@ def _fp8_linear_rows_kernel(
         one = tl.full([BN, BK], 1.0, tl.float32)
         w = decode_scaled(codes, one, tl.float16, E5M2, ASM, False, BEFORE).to(tl.float32)
         if SCALES == "step":
-            s = tl.load(s_row[:, None] + (k // block + groups)[None, :] * scale_block).to(tl.float32)
+            s = tl.load(s_row[:, None] + (k // BLOCK + groups)[None, :] * scale_block).to(tl.float32)
             w *= spread(s, BN, GROUPS, BK)
         elif SCALES == "each":
-            at = s_row[:, None] + ((k + inner) // block)[None, :] * scale_block
+            at = s_row[:, None] + ((k + inner) // BLOCK)[None, :] * scale_block
             w *= tl.load(at, mask=(k + inner < K)[None, :], other=0.0).to(tl.float32)
         acc += w * a.to(tl.float32)[None, :]
         x_at += BK

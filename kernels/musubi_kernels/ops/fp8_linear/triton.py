@@ -159,9 +159,9 @@ def _launch_forward(call: Product, tile: Tile, target: int, y: torch.Tensor) -> 
 
     (m, k), n = call.x.shape, call.q.shape[0]
     scales = _triton.scales_of(call.q, call.scale)
-    how, groups = _triton.step_of(scales.block, tile.bk, k) if scales.layout == "block" else ("row", 1)
+    how, block, groups = _triton.step_of(scales, tile.bk, k, otherwise="row")
     rank, low, tail = _low_rank(call)
-    case = Case(call.fmt, call.kind, scales.tensor.dtype, how, groups, k % tile.bk == 0, call.bias is not None, rank)
+    case = Case(call.fmt, call.kind, scales.tensor.dtype, how, block, groups, k % tile.bk == 0, call.bias is not None, rank)
     kernels._fp8_linear_fwd_kernel[(cdiv(m, tile.bm) * cdiv(n, tile.bn),)](
         call.x,
         call.q,
@@ -173,7 +173,6 @@ def _launch_forward(call: Product, tile: Tile, target: int, y: torch.Tensor) -> 
         m,
         n,
         k,
-        scales.block,
         rank,
         call.strength,
         call.x.stride(0),
@@ -195,12 +194,11 @@ def _launch_dx(call: Product, tile: Tile, target: int, y: torch.Tensor) -> None:
 
     (m, n), k = call.x.shape, call.q.shape[1]
     scales = _triton.scales_of(call.q, call.scale)
-    how, groups = "one" if scales.layout == "tensor" else "step", 1
-    if scales.layout == "block":
-        how, groups = _triton.step_of(scales.block, tile.bn, k)
+    otherwise = "one" if scales.layout == "tensor" else "step"
+    how, block, groups = _triton.step_of(scales, tile.bn, k, otherwise=otherwise)
     rank, low, tail = _low_rank(call)
     even = k % tile.bn == 0 and n % tile.bk == 0
-    case = Case(call.fmt, call.kind, scales.tensor.dtype, how, groups, even, False, rank)
+    case = Case(call.fmt, call.kind, scales.tensor.dtype, how, block, groups, even, False, rank)
     kernels._fp8_linear_dx_kernel[(cdiv(m, tile.bm) * cdiv(k, tile.bn),)](
         call.x,
         call.q,
@@ -211,7 +209,6 @@ def _launch_dx(call: Product, tile: Tile, target: int, y: torch.Tensor) -> None:
         m,
         n,
         k,
-        scales.block,
         rank,
         call.strength,
         call.x.stride(0),
@@ -242,8 +239,8 @@ def vector(call: Product) -> torch.Tensor:
     (m, k), n = call.x.shape, call.q.shape[0]
     tile = VECTOR_TILE if _triton.capability(call.x.device) else Tile(1, 16, 64, 4, 1)
     scales = _triton.scales_of(call.q, call.scale)
-    how, groups = _triton.step_of(scales.block, tile.bk, k) if scales.layout == "block" else ("row", 1)
-    case = Case(call.fmt, call.kind, scales.tensor.dtype, how, groups, k % tile.bk == 0, call.bias is not None, 0)
+    how, block, groups = _triton.step_of(scales, tile.bk, k, otherwise="row")
+    case = Case(call.fmt, call.kind, scales.tensor.dtype, how, block, groups, k % tile.bk == 0, call.bias is not None, 0)
     y = call.empty()
     with _triton.on_device(call.x):
         kernels._fp8_linear_rows_kernel[(cdiv(n, tile.bn), m)](
@@ -254,8 +251,7 @@ def vector(call: Product) -> torch.Tensor:
             y,
             n,
             k,
-            scales.block,
-            call.x.stride(0),
+                call.x.stride(0),
             call.q.stride(0),
             scales.by_row,
             scales.by_block,
@@ -351,6 +347,7 @@ class Case:
     kind: str
     scale: torch.dtype
     how: str
+    block: int
     groups: int
     even: bool
     bias: bool
@@ -368,6 +365,7 @@ def _constants(tile: Tile, target: int, case: Case) -> dict[str, Any]:
         "BEFORE": how.before,
         "AFTER": how.after,
         "SCALES": case.how,
+        "BLOCK": case.block,
         "GROUPS": case.groups,
         "EVEN": case.even,
         "HAS_LOW": case.rank > 0,
@@ -397,6 +395,7 @@ def vector_constants(tile: Tile, target: int, case: Case) -> dict[str, Any]:
         "ASM": how.asm,
         "BEFORE": how.before,
         "SCALES": case.how,
+        "BLOCK": case.block,
         "GROUPS": case.groups,
         "EVEN": case.even,
         "HAS_BIAS": case.bias,
@@ -439,7 +438,7 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
             targets=(target,),
             op="fp8_linear" if not case.rank else "fp8_lora_linear",
             note=tile.why,
-            aligned=(*(t for t in types if t in function.arg_names), "N", "K", "block", *integers),
+            aligned=(*(t for t in types if t in function.arg_names), "N", "K", *integers),
             hot=True,
             core=plain,
         )
@@ -450,10 +449,10 @@ def _cases(tile: Tile, transposed: bool) -> Iterator[Case]:
     whole = "one" if transposed else "row"
     bf16, fp32 = torch.bfloat16, torch.float32
     groups = max(1, width // 64)
-    yield Case("e4m3", "bf16", bf16, "step", groups, True, False, 0)
-    yield Case("e4m3", "bf16", bf16, "step", groups, True, False, 32)
-    yield Case("e4m3", "bf16", fp32, "step", groups, True, False, 0)
-    yield Case("e4m3", "fp16", bf16, "step", groups, True, False, 0)
-    yield Case("e5m2", "bf16", bf16, "step", groups, True, not transposed, 0)
-    yield Case("e4m3", "bf16", fp32, whole, 1, True, not transposed, 0)
-    yield Case("e4m3", "bf16", fp32, "each", 1, False, not transposed, 0)
+    yield Case("e4m3", "bf16", bf16, "step", 64, groups, True, False, 0)
+    yield Case("e4m3", "bf16", bf16, "step", 64, groups, True, False, 32)
+    yield Case("e4m3", "bf16", fp32, "step", 64, groups, True, False, 0)
+    yield Case("e4m3", "fp16", bf16, "step", 64, groups, True, False, 0)
+    yield Case("e5m2", "bf16", bf16, "step", 64, groups, True, not transposed, 0)
+    yield Case("e4m3", "bf16", fp32, whole, 1 << 30, 1, True, not transposed, 0)
+    yield Case("e4m3", "bf16", fp32, "each", 48, 1, False, not transposed, 0)
