@@ -176,8 +176,12 @@ def decoder_for(target: int, fmt: str, kind: str, *, scaled: bool, split: bool) 
     """The decoder that kernels use on compute capability `target` (0: the interpreter)."""
     if target == 0:
         return PLAIN
-    convert = target >= 90 or (target == 89 and kind == "fp16")
-    return decoder(fmt, kind, "convert" if convert else "bits", scaled=scaled, split=split)
+    way = "bits"
+    if kind == "fp16" and target >= 89:
+        way = "convert"
+    elif target >= 100:
+        way = "direct"
+    return decoder(fmt, kind, way, scaled=scaled, split=split)
 
 
 def on_device(tensor: torch.Tensor) -> Any:

@@ -161,10 +161,16 @@ def _launch_forward(call: Product, tile: Tile, target: int, y: torch.Tensor) -> 
     scales = _triton.scales_of(call.q, call.scale)
     how, block, groups = _triton.step_of(scales, tile.bk, k, otherwise="row")
     rank, low, tail = _low_rank(call)
-    case = Case(call.fmt, call.kind, scales.tensor.dtype, how, block, groups, k % tile.bk == 0, call.bias is not None, rank)
+    even = k % tile.bk == 0
+    words = even and how != "each" and _words(call.q, block)
+    types = (call.fmt, call.kind, scales.tensor.dtype)
+    constants = forward_constants(
+        tile, target, Case(*types, how, block, groups, even, words, call.bias is not None, rank)
+    )
+    q = call.q.view(torch.int32) if constants["WORDS"] else call.q
     kernels._fp8_linear_fwd_kernel[(cdiv(m, tile.bm) * cdiv(n, tile.bn),)](
         call.x,
-        call.q,
+        q,
         scales.tensor,
         call.x if call.bias is None else call.bias,
         low,
@@ -176,13 +182,13 @@ def _launch_forward(call: Product, tile: Tile, target: int, y: torch.Tensor) -> 
         rank,
         call.strength,
         call.x.stride(0),
-        call.q.stride(0),
+        q.stride(0),
         scales.by_row,
         scales.by_block,
         low.stride(0),
         tail.stride(0),
         y.stride(0),
-        **forward_constants(tile, target, case),
+        **constants,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,
@@ -198,10 +204,13 @@ def _launch_dx(call: Product, tile: Tile, target: int, y: torch.Tensor) -> None:
     how, block, groups = _triton.step_of(scales, tile.bn, k, otherwise=otherwise)
     rank, low, tail = _low_rank(call)
     even = k % tile.bn == 0 and n % tile.bk == 0
-    case = Case(call.fmt, call.kind, scales.tensor.dtype, how, block, groups, even, False, rank)
+    words = even and how != "each" and _words(call.q, block)
+    types = (call.fmt, call.kind, scales.tensor.dtype)
+    constants = dx_constants(tile, target, Case(*types, how, block, groups, even, words, False, rank))
+    q = call.q.view(torch.int32) if constants["WORDS"] else call.q
     kernels._fp8_linear_dx_kernel[(cdiv(m, tile.bm) * cdiv(k, tile.bn),)](
         call.x,
-        call.q,
+        q,
         scales.tensor,
         low,
         tail,
@@ -212,17 +221,23 @@ def _launch_dx(call: Product, tile: Tile, target: int, y: torch.Tensor) -> None:
         rank,
         call.strength,
         call.x.stride(0),
-        call.q.stride(0),
+        q.stride(0),
         scales.by_row,
         scales.by_block,
         low.stride(0),
         tail.stride(0),
         y.stride(0),
-        **dx_constants(tile, target, case),
+        **constants,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,
     )
+
+
+def _words(q: torch.Tensor, block: int) -> bool:
+    """Whether rows of codes can be read as aligned 32-bit words, four to a load."""
+    aligned = q.stride(0) % 16 == 0 and q.data_ptr() % 16 == 0 and q.storage_offset() % 4 == 0
+    return aligned and q.shape[1] % 4 == 0 and block % 4 == 0
 
 
 def _low_rank(call: Product) -> tuple[int, torch.Tensor, torch.Tensor]:
@@ -240,7 +255,8 @@ def vector(call: Product) -> torch.Tensor:
     tile = VECTOR_TILE if _triton.capability(call.x.device) else Tile(1, 16, 64, 4, 1)
     scales = _triton.scales_of(call.q, call.scale)
     how, block, groups = _triton.step_of(scales, tile.bk, k, otherwise="row")
-    case = Case(call.fmt, call.kind, scales.tensor.dtype, how, block, groups, k % tile.bk == 0, call.bias is not None, 0)
+    types, even = (call.fmt, call.kind, scales.tensor.dtype), k % tile.bk == 0
+    case = Case(*types, how, block, groups, even, False, call.bias is not None, 0)
     y = call.empty()
     with _triton.on_device(call.x):
         kernels._fp8_linear_rows_kernel[(cdiv(n, tile.bn), m)](
@@ -251,7 +267,7 @@ def vector(call: Product) -> torch.Tensor:
             y,
             n,
             k,
-                call.x.stride(0),
+            call.x.stride(0),
             call.q.stride(0),
             scales.by_row,
             scales.by_block,
@@ -350,6 +366,7 @@ class Case:
     block: int
     groups: int
     even: bool
+    words: bool
     bias: bool
     rank: int
 
@@ -358,9 +375,11 @@ def _constants(tile: Tile, target: int, case: Case) -> dict[str, Any]:
     scaled = case.how in ("step", "each")
     split = scaled and _triton.needs_split(case.kind, case.scale)
     how = _triton.decoder_for(target, case.fmt, case.kind, scaled=scaled, split=split)
+    words = case.words and how.words != ""
     return {
         "E5M2": case.fmt == "e5m2",
-        "ASM": how.asm,
+        "WORDS": words,
+        "ASM": how.words if words else how.bytes,
         "SPLIT": split,
         "BEFORE": how.before,
         "AFTER": how.after,
@@ -392,7 +411,7 @@ def vector_constants(tile: Tile, target: int, case: Case) -> dict[str, Any]:
     how = _triton.decoder_for(target, case.fmt, "fp16", scaled=False, split=False)
     return {
         "E5M2": case.fmt == "e5m2",
-        "ASM": how.asm,
+        "ASM": how.bytes,
         "BEFORE": how.before,
         "SCALES": case.how,
         "BLOCK": case.block,
@@ -420,16 +439,22 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
     for case in _cases(tile, transposed):
         constants = (dx_constants if transposed else forward_constants)(tile, target, case)
         wide = {"x": case.kind, "grad": case.kind, "y": case.kind, "dx": case.kind, "low": case.kind, "bias": case.kind}
-        types = {**wide, "q": "u8", "scale": _triton.KINDS[case.scale], "up": "fp32", "down": "fp32"}
+        types = {
+            **wide,
+            "q": "i32" if constants["WORDS"] else "u8",
+            "scale": _triton.KINDS[case.scale],
+            "up": "fp32",
+            "down": "fp32",
+        }
         signature = {
             name: f"*{types[name]}" if name in types else "fp32" if name == "strength" else "i32"
             for name in function.arg_names
             if name not in constants
         }
-        plain = case.fmt == "e4m3" and case.even and case.how == "step" and not case.bias
+        plain = case.fmt == "e4m3" and case.even and case.words and case.how == "step" and not case.bias
         yield Shipped(
             name=f"fp8_linear_{'dx' if transposed else 'fwd'}-{tile.name}-{case.kind}-{case.fmt}-{case.how}"
-            f"-{_triton.KINDS[case.scale]}{'' if case.even else '-ragged'}{'-lora' if case.rank else ''}",
+            f"-{_triton.KINDS[case.scale]}{'' if case.words else '-bytes'}{'-lora' if case.rank else ''}",
             function=function,
             signature=signature,
             constexprs=constants,
@@ -449,10 +474,11 @@ def _cases(tile: Tile, transposed: bool) -> Iterator[Case]:
     whole = "one" if transposed else "row"
     bf16, fp32 = torch.bfloat16, torch.float32
     groups = max(1, width // 64)
-    yield Case("e4m3", "bf16", bf16, "step", 64, groups, True, False, 0)
-    yield Case("e4m3", "bf16", bf16, "step", 64, groups, True, False, 32)
-    yield Case("e4m3", "bf16", fp32, "step", 64, groups, True, False, 0)
-    yield Case("e4m3", "fp16", bf16, "step", 64, groups, True, False, 0)
-    yield Case("e5m2", "bf16", bf16, "step", 64, groups, True, not transposed, 0)
-    yield Case("e4m3", "bf16", fp32, whole, 1 << 30, 1, True, not transposed, 0)
-    yield Case("e4m3", "bf16", fp32, "each", 48, 1, False, not transposed, 0)
+    yield Case("e4m3", "bf16", bf16, "step", 64, groups, True, True, False, 0)
+    yield Case("e4m3", "bf16", bf16, "step", 64, groups, True, True, False, 32)
+    yield Case("e4m3", "bf16", fp32, "step", 64, groups, True, True, False, 0)
+    yield Case("e4m3", "fp16", bf16, "step", 64, groups, True, True, False, 0)
+    yield Case("e5m2", "bf16", bf16, "step", 64, groups, True, True, not transposed, 0)
+    yield Case("e4m3", "bf16", fp32, whole, 1 << 30, 1, True, True, not transposed, 0)
+    yield Case("e4m3", "bf16", bf16, "step", 64, groups, True, False, False, 0)
+    yield Case("e4m3", "bf16", fp32, "each", 48, 1, False, False, not transposed, 0)
