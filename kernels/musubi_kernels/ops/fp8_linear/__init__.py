@@ -25,12 +25,12 @@ def _dx_fake(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str)
 
 FORWARD = Op("fp8_linear", "(Tensor x, Tensor q, Tensor scale, Tensor? bias, str fmt) -> Tensor", _forward_fake)
 FORWARD.serve("native", native.fp8_linear, native.refuses)
-FORWARD.serve("triton", triton.fp8_linear, triton.refuses)
+FORWARD.serve("triton", triton.fp8_linear, triton.refuses, triton.tells)
 FORWARD.serve("reference", reference.fp8_linear)
 
 INPUT_GRADIENT = Op("fp8_linear_dx", "(Tensor grad, Tensor q, Tensor scale, str fmt) -> Tensor", _dx_fake)
 INPUT_GRADIENT.serve("native", native.fp8_linear_dx, native.refuses_dx)
-INPUT_GRADIENT.serve("triton", triton.fp8_linear_dx, triton.refuses_dx)
+INPUT_GRADIENT.serve("triton", triton.fp8_linear_dx, triton.refuses_dx, triton.tells_dx)
 INPUT_GRADIENT.serve("reference", reference.fp8_linear_dx)
 
 

@@ -7,19 +7,19 @@ W, is what takes time. Every launch goes to the current stream of x's device and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
 
-from musubi_kernels import _triton
+from musubi_kernels import _panel, _paths, _triton
 from musubi_kernels._triton import Shipped, Tile, cdiv
-from musubi_kernels.ops.fp8_quantize.triton import decode_panel
+from musubi_kernels.ops.fp8_quantize.triton import dequantize
 
-PANEL_BYTES: Final = 64 << 20
-SMALL_ROWS, FUSED_ROWS = 32, 1024
-"""Up to how many rows `small` and `fused` serve where nothing was measured."""
+SMALL_ROWS: Final = 32
+"""The rows of the tallest tile of `small`."""
 
 
 def refuses(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> str | None:
@@ -30,6 +30,21 @@ def refuses(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.T
 def refuses_dx(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str) -> str | None:
     """Why the kernels cannot serve an input gradient, or None."""
     return _triton.refuses(grad, q, scale)
+
+
+def tells(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> str:
+    """Which way a forward takes, and why."""
+    return tell(Product(_triton.matrix(x), q, scale, fmt, bias))
+
+
+def tells_dx(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str) -> str:
+    """Which way an input gradient takes, and why."""
+    return tell(Product(_triton.matrix(grad), q, scale, fmt, transposed=True))
+
+
+def tell(call: Product) -> str:
+    """The way of a product, and why."""
+    return _paths.tell(sizes(call), tuple(ways(call)))
 
 
 def fp8_linear(
@@ -62,7 +77,7 @@ def run(
     """
     flat, codes = _triton.matrix(x), _triton.matrix(q)
     call = Product(flat, codes, scale, fmt, bias, transposed, low, tail, strength)
-    y = PATHS[path_of(call)](call)
+    y: torch.Tensor = _paths.run(sizes(call), ways(call))
     return y.reshape(*x.shape[:-1], y.shape[1])
 
 
@@ -95,15 +110,27 @@ class Product:
         return torch.empty((self.x.shape[0], self.outputs), dtype=self.x.dtype, device=self.x.device)
 
 
-def path_of(call: Product) -> str:
-    """`small`, `fused` or `panel`, by the number of rows; float32 has no fused product (its tensor cores round)."""
+def sizes(call: Product) -> _paths.Sizes:
+    """What decides the way of this product."""
+    name = f"fp8_{'linear' if call.low is None else 'lora_linear'}{'_dx' if call.transposed else ''}"
+    n, k = call.q.shape
+    return _paths.Sizes(name, "triton", call.x.shape[0], n, k, call.x.dtype, call.x.device)
+
+
+def ways(call: Product) -> dict[_paths.Way, Callable[[], torch.Tensor]]:
+    """The ways that can serve it, each giving [M, outputs]. Tensor cores round float32: it has no fused product."""
+    found: dict[_paths.Way, Callable[[], torch.Tensor]] = {"panel": partial(panel, call)}
     m = call.x.shape[0]
     if m == 0 or call.q.numel() == 0:
-        return "panel"
+        return found
     if call.kind == "fp32":
-        fits = not call.transposed and call.low is None and m <= VECTOR_ROWS
-        return "small" if fits else "panel"
-    return "small" if m <= SMALL_ROWS else "fused" if m <= FUSED_ROWS else "panel"
+        if m <= VECTOR_ROWS and call.low is None and not call.transposed:
+            found["small"] = partial(small, call)
+        return found
+    if m <= SMALL_ROWS:
+        found["small"] = partial(small, call)
+    found["fused"] = partial(fused, call)
+    return found
 
 
 # -- small and fused: W decoded inside the product --------------------------------------------------------------------
@@ -113,13 +140,13 @@ def small(call: Product, tile: Tile | None = None) -> torch.Tensor:
     """The product for few rows: one float32 sum per weight for float32 x, tensor cores on a short tile otherwise."""
     if call.kind == "fp32":
         return vector(call)
-    return fused(call, tile)
+    return fused(call, tile, short=True)
 
 
-def fused(call: Product, tile: Tile | None = None) -> torch.Tensor:
+def fused(call: Product, tile: Tile | None = None, *, short: bool = False) -> torch.Tensor:
     """The product in one launch, for float16 and bfloat16; `tile` overrides the table (for measurements)."""
     target = _triton.capability(call.x.device)
-    chosen = tile or tile_for(target, call.x.shape[0], transposed=call.transposed)
+    chosen = tile or tile_for(target, call.x.shape[0], transposed=call.transposed, short=short)
     y = call.empty()
     launch = _launch_dx if call.transposed else _launch_forward
     with _triton.on_device(call.x):
@@ -241,95 +268,78 @@ def vector(call: Product) -> torch.Tensor:
     return y
 
 
-# -- panel: W decoded a chunk at a time, products by torch -------------------------------------------------------------
+# -- panel: W decoded a part at a time, products by torch -------------------------------------------------------------
 
 
 def panel(call: Product) -> torch.Tensor:
-    """The product by torch on chunks of the decoded weight; chunks hold whole sums, nothing is added in 16 bits."""
-    y = call.empty()
-    lead = y.new_empty(0) if call.bias is None else call.bias.to(y.dtype)
-    for part, weight in _chunks(call):
-        if call.transposed:
-            torch.mm(call.x, weight, out=y[:, part])
-        elif call.bias is None:
-            torch.mm(call.x, weight.t(), out=y[:, part])
-        else:
-            torch.addmm(lead[part], call.x, weight.t(), out=y[:, part])
+    """The product by torch on parts of the decoded weight."""
+    if call.transposed:
+        y = _panel.input_gradient(call.x, call.q, call.scale, partial(_decode, call.fmt))
+    else:
+        y = _panel.product(call.x, call.q, call.scale, call.bias, partial(_decode, call.fmt))
     if call.low is not None and call.tail is not None:
         tail = call.tail.to(y.dtype)
         y.addmm_(call.low, tail if call.transposed else tail.t(), alpha=call.strength)
     return y
 
 
-def _chunks(call: Product) -> Iterator[tuple[slice, torch.Tensor]]:
-    """(outputs, decoded weight): rows of W for a forward, columns for an input gradient."""
-    n, k = call.q.shape
-    scales = _triton.scales_of(call.q, call.scale)
-    whole = scales.block if call.transposed and scales.layout == "block" else 1
-    across = n if call.transposed else k
-    step = max(1, PANEL_BYTES // max(1, across * call.x.element_size()) // whole) * whole
-    room = torch.empty(min(step, call.outputs) * across, dtype=call.x.dtype, device=call.x.device)
-    for start in range(0, call.outputs, step):
-        part = slice(start, min(start + step, call.outputs))
-        codes, scale = (call.q[:, part] if call.transposed else call.q[part]), call.scale
-        if scales.layout == "block" and call.transposed:
-            scale = scale[:, part.start // whole : cdiv(part.stop, whole)]
-        elif scales.layout != "tensor" and not call.transposed:
-            scale = scale[part]
-        weight = room[: codes.numel()].view(codes.shape)
-        if weight.numel():
-            decode_panel(codes, scale, call.fmt, weight)
-        yield part, weight
+def _decode(fmt: str, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return dequantize(q, scale, fmt, dtype)
 
-
-PATHS: Final = {"small": small, "fused": fused, "panel": panel}
 
 # -- tables: what can be launched -------------------------------------------------------------------------------------
 
 VECTOR_ROWS: Final = 4
 VECTOR_TILE: Final = Tile(1, 16, 512, 4, 2)
 
-SHORT: Final = (
-    (
-        16,
-        Tile(16, 64, 64, 4, 5, why="the shortest of tensor cores; five steps in flight hide the DRAM"),
-    ),
-    (32, Tile(32, 64, 64, 4, 4)),
-    (64, Tile(64, 64, 64, 4, 4, why="more tiles than 128 rows would give: enough for all multiprocessors")),
+Buckets = tuple[tuple[int, Tile], ...]
+"""(up to how many rows, tile): the first that fits is taken, so lengths within a bucket compile nothing anew."""
+ANY: Final = 1 << 62
+
+SMALL: Final[Buckets] = (
+    (16, Tile(16, 64, 64, 4, 5, why="the shortest of tensor cores; five steps in flight hide the DRAM")),
+    (ANY, Tile(32, 64, 64, 4, 4)),
 )
-FORWARD: Final = {
-    80: (*SHORT, (1 << 62, Tile(128, 128, 64, 8, 3, why="shared memory of sm_86 holds three steps, not four"))),
-    90: (*SHORT, (1 << 62, Tile(128, 128, 64, 8, 4, why="227 KB of shared memory hold a deeper pipeline"))),
-}
-DX: Final = {
+FORWARD: Final[dict[int, Buckets]] = {
     80: (
-        (16, Tile(16, 64, 64, 4, 5)),
-        (64, Tile(64, 64, 64, 4, 4)),
-        (1 << 62, Tile(128, 64, 64, 4, 4, why="64 columns share one scale a row: it is a vector, and registers fit")),
+        (64, Tile(64, 64, 64, 4, 4, why="more tiles than 128 rows would give: enough for all multiprocessors")),
+        (ANY, Tile(128, 128, 64, 8, 3, why="shared memory of sm_86 holds three steps, not four")),
     ),
     90: (
-        (16, Tile(16, 64, 64, 4, 5)),
         (64, Tile(64, 64, 64, 4, 4)),
-        (1 << 62, Tile(128, 64, 64, 4, 4)),
+        (ANY, Tile(128, 128, 64, 8, 4, why="227 KB of shared memory hold a deeper pipeline")),
     ),
+}
+SMALL_DX: Final[Buckets] = ((16, Tile(16, 64, 64, 4, 5)), (ANY, Tile(32, 64, 64, 4, 4)))
+DX: Final[dict[int, Buckets]] = {
+    80: (
+        (64, Tile(64, 64, 64, 4, 4)),
+        (ANY, Tile(128, 64, 64, 4, 4, why="64 columns share one scale a row: it is a vector, and registers fit")),
+    ),
+    90: ((64, Tile(64, 64, 64, 4, 4)), (ANY, Tile(128, 64, 64, 4, 4))),
 }
 INTERPRETED: Final = Tile(32, 32, 64, 4, 2)
 """The interpreter's tile: small, so that ragged sizes have several tiles."""
 
 
-def tile_for(target: int, rows: int, *, transposed: bool) -> Tile:
-    """The tile for `rows` rows on compute capability `target`: one a bucket of rows, so lengths do not recompile."""
+def tile_for(target: int, rows: int, *, transposed: bool, short: bool = False) -> Tile:
+    """The tile for `rows` rows on compute capability `target`; `short` for the way that reads W once."""
     if target == 0:
         return INTERPRETED
-    return next(tile for most, tile in _table(target, transposed) if rows <= most)
+    return next(tile for most, tile in _buckets(target, transposed=transposed, short=short) if rows <= most)
 
 
 def tiles(target: int, *, transposed: bool) -> list[Tile]:
     """Every tile that compute capability `target` can be given."""
-    return [tile for _, tile in _table(target, transposed)] if target else [INTERPRETED]
+    if target == 0:
+        return [INTERPRETED]
+    both = [_buckets(target, transposed=transposed, short=short) for short in (True, False)]
+    return [tile for buckets in both for _, tile in buckets]
 
 
-def _table(target: int, transposed: bool) -> tuple[tuple[int, Tile], ...]:
+def _buckets(target: int, *, transposed: bool, short: bool) -> Buckets:
+    if short:
+        return SMALL_DX if transposed else SMALL
     return (DX if transposed else FORWARD)[90 if target in (90, 100) else 80]
 
 

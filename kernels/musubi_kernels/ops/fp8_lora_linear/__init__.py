@@ -65,7 +65,7 @@ FORWARD = Op(
     _forward_fake,
 )
 FORWARD.serve("native", native.forward, native.refuses)
-FORWARD.serve("triton", triton.forward, triton.refuses)
+FORWARD.serve("triton", triton.forward, triton.refuses, triton.tells)
 FORWARD.serve("reference", reference.forward)
 
 BACKWARD = Op(

@@ -27,6 +27,22 @@ def refuses(
     return _triton.refuses(x, q, scale, bias, down, up, mask)
 
 
+def tells(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    mask: torch.Tensor | None,
+    strength: float,
+    fmt: str,
+) -> str:
+    """Which way a forward takes, and why."""
+    low = x.new_empty((0, down.shape[0]))
+    return base.tell(base.Product(_triton.matrix(x), q, scale, fmt, bias, low=low, tail=up))
+
+
 def forward(
     x: torch.Tensor,
     q: torch.Tensor,

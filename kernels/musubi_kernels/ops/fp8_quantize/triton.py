@@ -125,17 +125,13 @@ def power_of_two(width: int) -> int:
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
-    """codes * scale rounded to `dtype`, with q's shape."""
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    if q.numel():
-        decode_panel(_triton.matrix(q) if q.ndim == 2 else q.reshape(1, -1), scale, fmt, out)
-    return out
-
-
-def decode_panel(flat: torch.Tensor, scale: torch.Tensor, fmt: str, out: torch.Tensor) -> None:
-    """out = flat * scale for flat [rows, columns], which may be a slice of a matrix; out is contiguous."""
+    """codes * scale rounded to `dtype`, with q's shape, contiguous. q may be a slice of a matrix."""
     from musubi_kernels.ops.fp8_quantize import kernels
 
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    flat = _triton.matrix(q) if q.ndim == 2 else q.reshape(1, -1)
+    if flat.numel() == 0:
+        return out
     rows, columns = flat.shape
     scales = _triton.scales_of(flat, scale)
     bm, bn = DEQUANTIZE_TILE if _triton.capability(out.device) else INTERPRETED_TILE
@@ -160,6 +156,7 @@ def decode_panel(flat: torch.Tensor, scale: torch.Tensor, fmt: str, out: torch.T
             num_warps=8,
             enable_fp_fusion=True,
         )
+    return out
 
 
 def shipped() -> Iterator[Shipped]:
