@@ -429,6 +429,35 @@ def shipped() -> Iterator[Shipped]:
         for transposed in (False, True):
             for tile in tiles(target, transposed=transposed):
                 yield from _shipped_tile(target, tile, transposed)
+        yield from _shipped_rows(target)
+
+
+def _shipped_rows(target: int) -> Iterator[Shipped]:
+    from musubi_kernels.ops.fp8_linear import kernels
+
+    function, tile = kernels._fp8_linear_rows_kernel, VECTOR_TILE
+    fp32, groups = torch.float32, max(1, tile.bk // 64)
+    for case in (
+        Case("e4m3", "fp32", fp32, "step", groups, True, True, 0),
+        Case("e4m3", "fp32", torch.bfloat16, "step", groups, True, False, 0),
+        Case("e5m2", "fp32", fp32, "row", 1, True, True, 0),
+        Case("e4m3", "fp32", fp32, "each", 1, False, True, 0),
+    ):
+        constants = vector_constants(tile, target, case)
+        types = {"x": "fp32", "q": "u8", "scale": _triton.KINDS[case.scale], "bias": "fp32", "y": "fp32"}
+        yield Shipped(
+            name=f"fp8_linear_rows-{tile.name}-fp32-{case.fmt}-{case.how}-{_triton.KINDS[case.scale]}"
+            f"{'' if case.even else '-ragged'}",
+            function=function,
+            signature={n: f"*{types[n]}" if n in types else "i32" for n in function.arg_names if n not in constants},
+            constexprs=constants,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            targets=(target,),
+            op="fp8_linear",
+            aligned=(*types, "K", "block", "x_stride", "q_stride", "y_stride"),
+            core=case.how == "step" and case.scale == fp32,
+        )
 
 
 def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped]:
