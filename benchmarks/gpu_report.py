@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
 from gpu_clock import Ceilings, Figure
 
 
