@@ -75,7 +75,11 @@ def matrix(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Tile:
-    """One configuration of a product kernel: tile of the result, step of the contraction, and how it is launched."""
+    """One configuration of a product kernel: tile of the result, step of the contraction, and how it is launched.
+
+    `swap` computes W x^T; `after` applies a block's scale to its sums rather than to its weights: exact, and cheap where
+    the tile is short.
+    """
 
     bm: int
     bn: int
@@ -84,12 +88,13 @@ class Tile:
     stages: int
     group: int = 8
     swap: bool = False
+    after: bool = False
     why: str = ""
 
     @property
     def name(self) -> str:
         """For reports: 128x128x64-w8s3."""
-        return f"{self.bm}x{self.bn}x{self.bk}-w{self.warps}s{self.stages}{'-swap' if self.swap else ''}"
+        return f"{self.bm}x{self.bn}x{self.bk}-w{self.warps}s{self.stages}{'-swap' if self.swap else ''}{'-after' if self.after else ''}"
 
 
 @dataclass(frozen=True)

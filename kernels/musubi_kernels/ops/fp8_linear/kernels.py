@@ -101,7 +101,7 @@ def _fp8_linear_fwd_kernel(
     """y [M, N] = x [M, K] @ (q * scale)^T + bias + low @ (strength * up)^T.
 
     SCALES: `row` multiplies the accumulator once at the end (channel and tensor layouts); `step` has GROUPS whole
-    scales in a K step, or one scale for several steps; `each` looks one up per weight (block sizes that fit neither).
+    scales in a K step, or one scale for several steps; `after` has one, for the step's sums; `each` looks one up per weight (block sizes that fit neither).
     EVEN: BK divides K. WORDS: q is given as 32-bit words of four codes, and its stride in words. SWAP computes the tile
     as W x^T, for processors whose left operand may stay in registers or tensor memory.
     """
@@ -122,7 +122,7 @@ def _fp8_linear_fwd_kernel(
     s_row = scale + safe_n * scale_row
     groups = tl.arange(0, GROUPS)
     acc = tl.zeros([BN, BM] if SWAP else [BM, BN], dtype=tl.float32)
-    if SCALES == "step":
+    if SCALES == "step" or SCALES == "after":
         # a scale is read one step ahead: its load is too narrow for the asynchronous copies that hide the others
         s_at = s_row[:, None] + groups[None, :] * scale_block
         s = tl.load(s_at)
@@ -134,20 +134,27 @@ def _fp8_linear_fwd_kernel(
             inside = (k + inner < K)[None, :]
             a = tl.load(x_base + x_in, mask=inside, other=0.0)
             codes = tl.load(q_base + q_in, mask=inside, other=0)
-        if SCALES == "row":
-            s = tl.full([BN, 1], 1.0, tl.float32)
+        if SCALES == "row" or SCALES == "after":
+            factor = tl.full([BN, 1], 1.0, tl.float32)
         elif SCALES == "each":
             at = s_row[:, None] + ((k + inner) // BLOCK)[None, :] * scale_block
-            s = tl.load(at, mask=(k + inner < K)[None, :], other=0.0)
-        if WORDS:
-            w = decode_words(codes, s, KIND, ASM, SPLIT, BEFORE)
+            factor = tl.load(at, mask=(k + inner < K)[None, :], other=0.0)
         else:
-            w = decode_scaled(codes, s, KIND, E5M2, ASM, SPLIT, BEFORE)
-        if SWAP:
+            factor = s
+        if WORDS:
+            w = decode_words(codes, factor, KIND, ASM, SPLIT, BEFORE)
+        else:
+            w = decode_scaled(codes, factor, KIND, E5M2, ASM, SPLIT, BEFORE)
+        if SCALES == "after":
+            if SWAP:
+                acc += tl.dot(w, a.T) * s.to(tl.float32)
+            else:
+                acc += tl.dot(a, w.T) * s.to(tl.float32).T
+        elif SWAP:
             acc = tl.dot(w, a.T, acc)
         else:
             acc = tl.dot(a, w.T, acc)
-        if SCALES == "step":
+        if SCALES == "step" or SCALES == "after":
             later = (k + BK + groups * 0 < K)[None, :]
             if BLOCK <= BK:
                 s_at += GROUPS * scale_block

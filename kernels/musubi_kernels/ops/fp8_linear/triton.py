@@ -160,6 +160,8 @@ def _launch_forward(call: Product, tile: Tile, target: int, y: torch.Tensor) -> 
     (m, k), n = call.x.shape, call.q.shape[0]
     scales = _triton.scales_of(call.q, call.scale)
     how, block, groups = _triton.step_of(scales, tile.bk, k, otherwise="row")
+    if tile.after and how == "step" and groups == 1:
+        how = "after"
     rank, low, tail = _low_rank(call)
     even = k % tile.bk == 0
     words = even and how != "each" and _words(call.q, block)
@@ -309,8 +311,8 @@ Buckets = tuple[tuple[int, Tile], ...]
 ANY: Final = 1 << 62
 
 SMALL: Final[Buckets] = (
-    (16, Tile(16, 64, 64, 4, 5, why="the shortest of tensor cores; five steps in flight hide the DRAM")),
-    (ANY, Tile(32, 64, 64, 4, 4)),
+    (16, Tile(16, 64, 64, 4, 5, after=True, why="the shortest of tensor cores; five steps in flight hide the DRAM")),
+    (ANY, Tile(32, 64, 64, 4, 4, after=True)),
 )
 FORWARD: Final[dict[int, Buckets]] = {
     80: (
@@ -331,20 +333,21 @@ DX: Final[dict[int, Buckets]] = {
     90: ((64, Tile(64, 64, 64, 4, 4)), (ANY, Tile(128, 64, 64, 4, 4))),
 }
 INTERPRETED: Final = Tile(32, 32, 64, 4, 2)
-"""The interpreter's tile: small, so that ragged sizes have several tiles."""
+INTERPRETED_SMALL: Final = Tile(16, 32, 64, 4, 2, after=True)
+"""The interpreter's tiles: small, so that ragged sizes have several tiles."""
 
 
 def tile_for(target: int, rows: int, *, transposed: bool, short: bool = False) -> Tile:
     """The tile for `rows` rows on compute capability `target`; `short` for the way that reads W once."""
     if target == 0:
-        return INTERPRETED
+        return INTERPRETED_SMALL if short and rows <= 16 else INTERPRETED
     return next(tile for most, tile in _buckets(target, transposed=transposed, short=short) if rows <= most)
 
 
 def tiles(target: int, *, transposed: bool) -> list[Tile]:
     """Every tile that compute capability `target` can be given."""
     if target == 0:
-        return [INTERPRETED]
+        return [INTERPRETED, INTERPRETED_SMALL]
     both = [_buckets(target, transposed=transposed, short=short) for short in (True, False)]
     return [tile for buckets in both for _, tile in buckets]
 
@@ -438,10 +441,10 @@ def _shipped_rows(target: int) -> Iterator[Shipped]:
     function, tile = kernels._fp8_linear_rows_kernel, VECTOR_TILE
     fp32, groups = torch.float32, max(1, tile.bk // 64)
     for case in (
-        Case("e4m3", "fp32", fp32, "step", groups, True, True, 0),
-        Case("e4m3", "fp32", torch.bfloat16, "step", groups, True, False, 0),
-        Case("e5m2", "fp32", fp32, "row", 1, True, True, 0),
-        Case("e4m3", "fp32", fp32, "each", 1, False, True, 0),
+        Case("e4m3", "fp32", fp32, "step", 64, groups, True, False, True, 0),
+        Case("e4m3", "fp32", torch.bfloat16, "step", 64, groups, True, False, False, 0),
+        Case("e5m2", "fp32", fp32, "row", 1 << 30, 1, True, False, True, 0),
+        Case("e4m3", "fp32", fp32, "each", 48, 1, False, False, True, 0),
     ):
         constants = vector_constants(tile, target, case)
         types = {"x": "fp32", "q": "u8", "scale": _triton.KINDS[case.scale], "bias": "fp32", "y": "fp32"}
@@ -455,7 +458,7 @@ def _shipped_rows(target: int) -> Iterator[Shipped]:
             num_stages=tile.stages,
             targets=(target,),
             op="fp8_linear",
-            aligned=(*types, "K", "block", "x_stride", "q_stride", "y_stride"),
+            aligned=(*types, "K", "x_stride", "q_stride", "y_stride"),
             core=case.how == "step" and case.scale == fp32,
         )
 
@@ -480,7 +483,7 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
             for name in function.arg_names
             if name not in constants
         }
-        plain = case.fmt == "e4m3" and case.even and case.words and case.how == "step" and not case.bias
+        plain = case.fmt == "e4m3" and case.even and case.words and case.how in ("step", "after") and not case.bias
         yield Shipped(
             name=f"fp8_linear_{'dx' if transposed else 'fwd'}-{tile.name}-{case.kind}-{case.fmt}-{case.how}"
             f"-{_triton.KINDS[case.scale]}{'' if case.words else '-bytes'}{'-lora' if case.rank else ''}",
@@ -499,15 +502,16 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
 
 
 def _cases(tile: Tile, transposed: bool) -> Iterator[Case]:
+    step = "after" if tile.after else "step"
     width = tile.bn if transposed else tile.bk
     whole = "one" if transposed else "row"
     bf16, fp32 = torch.bfloat16, torch.float32
     groups = max(1, width // 64)
-    yield Case("e4m3", "bf16", bf16, "step", 64, groups, True, True, False, 0)
-    yield Case("e4m3", "bf16", bf16, "step", 64, groups, True, True, False, 32)
-    yield Case("e4m3", "bf16", fp32, "step", 64, groups, True, True, False, 0)
-    yield Case("e4m3", "fp16", bf16, "step", 64, groups, True, True, False, 0)
-    yield Case("e5m2", "bf16", bf16, "step", 64, groups, True, True, not transposed, 0)
+    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, True, False, 0)
+    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, True, False, 32)
+    yield Case("e4m3", "bf16", fp32, step, 64, groups, True, True, False, 0)
+    yield Case("e4m3", "fp16", bf16, step, 64, groups, True, True, False, 0)
+    yield Case("e5m2", "bf16", bf16, step, 64, groups, True, True, not transposed, 0)
     yield Case("e4m3", "bf16", fp32, whole, 1 << 30, 1, True, True, not transposed, 0)
-    yield Case("e4m3", "bf16", bf16, "step", 64, groups, True, False, False, 0)
+    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, False, False, 0)
     yield Case("e4m3", "bf16", fp32, "each", 48, 1, False, False, not transposed, 0)
