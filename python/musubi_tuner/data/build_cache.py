@@ -143,7 +143,8 @@ def _identities(groups: Sequence[Any]) -> dict[str, str]:
 
 def _moved(item: Item, device: torch.device) -> Item:
     pixels = None if item.pixels is None else item.pixels.to(device)
-    return replace(item, pixels=pixels, controls=tuple(control.to(device) for control in item.controls))
+    masks = tuple(None if mask is None else mask.to(device) for mask in item.masks)
+    return replace(item, pixels=pixels, controls=tuple(control.to(device) for control in item.controls), masks=masks)
 
 
 def _run(
@@ -236,7 +237,7 @@ def _load(media: MediaItem, part: Part, spec: FamilySpec) -> _Loaded | str:
     """An item ready to encode, or the sentence that says why it cannot be."""
     try:
         hashes = {path: content_hash(path) for path in media_of(media, part, spec)}
-        item = to_encode(media, with_pixels=part == "latent", with_controls=sees_controls(spec, part))
+        item = to_encode(media, spec, with_pixels=part == "latent", with_controls=sees_controls(spec, part))
         return _Loaded(media, item, hashes)
     except (ValueError, OSError) as error:
         return f"{media.path} {error}"

@@ -124,6 +124,13 @@ class FamilySpec:
     resolution_step: int = 16
     text_sees_controls: bool = False
     """Whether `encode_condition` looks at the items' controls, so that the text cache depends on them."""
+    reads_controls: bool = False
+    """Whether items may have controls though no cache field is named `control`: they end in other fields."""
+    control_masks: bool = False
+    """Whether the transparency of a control says what of it counts (`Item.masks`)."""
+    dataset_keys: tuple[str, ...] = ()
+    """Keys of dataset files that few families read (`data.spec_keys.SPECIAL`): `Item.settings` has their values, and
+    latent caches depend on them."""
     modelspec_resolution: str = "1280x720"
     option_defaults: Mapping[str, object] = field(default_factory=dict)
     """Option defaults that differ from the house's, by option name."""
@@ -133,12 +140,17 @@ class FamilySpec:
 class Item:
     """One thing to encode: a training item, a preview or a generation request (then `pixels` is None).
 
-    pixels: `[C, F, H, W]` float32 in [-1, 1], already cropped to its bucket. controls: same layout, any sizes.
+    pixels: `[C, F, H, W]` float32 in [-1, 1], already cropped to its bucket; several target pictures of one item lie
+    on F. controls: same layout, any sizes.
+    masks: where the spec has `control_masks`, of each control `[1, F, H, W]` float32 in [0, 1], None for an opaque one.
+    settings: values of the spec's `dataset_keys` by key, a dataset file's or its defaults; lists are tuples.
     """
 
     caption: str
     pixels: Tensor | None = None
     controls: tuple[Tensor, ...] = ()
+    masks: tuple[Tensor | None, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
     frames: int = 1
     height: int = 0
     width: int = 0
