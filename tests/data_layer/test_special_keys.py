@@ -44,18 +44,14 @@ def texts(family, path):
 LINES = ("fp_latent_window_size = 4", "fp_1f_clean_indices = [0, 10]", "fp_1f_target_index = 1", "fp_1f_no_post = true")
 
 
-def test_a_family_gets_the_values_of_its_keys_and_the_defaults(
-    tmp_path, sectioned_family, make_picture, caplog
-):
+def test_a_family_gets_the_values_of_its_keys_and_the_defaults(tmp_path, sectioned_family, make_picture, caplog):
     make_picture(tmp_path / "p" / "a.png")
     latents(sectioned_family, write(tmp_path), caplog)
     latents(sectioned_family, write(tmp_path, *LINES), caplog)
-    assert [dict(item.settings) for item in sectioned_family.items] == [
+    assert [dict(item.said) for item in sectioned_family.items] == [
         {
             "multiple_target": False,
             "fp_latent_window_size": 9,
-            "fp_1f_clean_indices": None,
-            "fp_1f_target_index": None,
             "fp_1f_no_post": False,
         },
         {
@@ -86,7 +82,7 @@ def test_the_value_goes_with_clips_too(tmp_path, sectioned_family):
     (tmp_path / "v" / "a.txt").write_text("a cup")
     path = write(tmp_path, "fp_latent_window_size = 3", media='video_directory = "{0}/v"')
     [item] = scan(load(path).datasets[0], sectioned_family.spec).items
-    assert to_encode(item, sectioned_family.spec, with_pixels=False).settings["fp_latent_window_size"] == 3
+    assert to_encode(item, sectioned_family.spec, with_pixels=False).said["fp_latent_window_size"] == 3
 
 
 def test_to_a_family_that_does_not_read_them_they_mean_nothing(tmp_path, family, make_picture, caplog):

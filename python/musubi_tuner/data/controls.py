@@ -38,6 +38,11 @@ def most(spec: FamilySpec) -> int | None:
     return None if fields[0].numbered else 1
 
 
+def cached(spec: FamilySpec) -> bool:
+    """Whether a latent cache has a field for each control."""
+    return any(field.name == FIELD for field in spec.cache_fields)
+
+
 def required(spec: FamilySpec) -> bool:
     """Whether an item without a control is of no use to the family."""
     return any(field.name == FIELD and field.required for field in spec.cache_fields)

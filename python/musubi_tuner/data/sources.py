@@ -49,9 +49,10 @@ class MediaItem:
         """Frames, height, width that are encoded."""
         return (len(self.frames) or 1 + len(self.targets), self.bucket[1], self.bucket[0])
 
-    def settings(self, spec: FamilySpec) -> dict[str, Any]:
-        """The dataset's values of the keys that the family reads."""
-        return {key: getattr(self.dataset, key) for key in spec.dataset_keys}
+    def said(self, spec: FamilySpec) -> dict[str, Any]:
+        """The dataset's values of the keys that the family reads; defaults too, but for None."""
+        values = {key: getattr(self.dataset, key) for key in spec.dataset_keys}
+        return {key: value for key, value in values.items() if value is not None}
 
     def latent_path(self, tag: str, section: int | None = None) -> Path:
         return self.dataset.cache_folder / latent_name(self.stem, self.size, tag, section)
@@ -253,9 +254,9 @@ def to_encode(item: MediaItem, spec: FamilySpec, *, with_pixels: bool, with_cont
         item.caption,
         read_pixels(item) if with_pixels else None,
         read_controls(item) if with_controls else (),
-        read_masks(item) if with_controls and spec.control_masks else (),
-        item.settings(spec),
         frames=frames,
         height=height,
         width=width,
+        masks=read_masks(item) if with_controls and spec.control_masks else (),
+        said=item.said(spec),
     )

@@ -29,7 +29,7 @@ def fingerprint(
         )
     targets = [hashed(path) for path in (item.path, *item.targets)]
     source = targets[0] if not item.targets else text_hash(" ".join(targets))
-    dataset = {name: str(value) for name, value in item.settings(spec).items()}
+    dataset = {name: str(value) for name, value in item.said(spec).items()}
     return Fingerprint(source, item.bucket, item.frames, settings, entries, beside, hashes, dataset)
 
 
