@@ -26,6 +26,7 @@ class HunyuanVideoFamily:
     """The calls of `families.base.Family`; see there."""
 
     spec: FamilySpec = SPEC
+    found_files = staticmethod(text.found_files)
 
     def option_groups(self, command: str) -> tuple[type, ...]:
         """Encoders first, then the model where the transformer is loaded."""

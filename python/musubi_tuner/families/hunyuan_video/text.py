@@ -20,7 +20,7 @@ from musubi_tuner.families.hunyuan_video.options import TextEncoderOptions
 from musubi_tuner.families.hunyuan_video.spec import TEXT_TOKENS
 from musubi_tuner.memory.placement import DTYPES
 from musubi_tuner.nn.text import clip, llama
-from musubi_tuner.nn.text.tokenizers import find_folder
+from musubi_tuner.nn.text.tokenizers import find_words
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import Header, open_checkpoint
@@ -57,11 +57,9 @@ class TextEncoders:
 def load_text_encoders(options: TextEncoderOptions, *, device: torch.device) -> TextEncoders:
     """Both encoders on `device`. Raises UserError naming the file at fault, tokenizers before weights."""
     if not options.text_encoder1 or not options.text_encoder2:
-        given = "--text_encoder1" if options.text_encoder1 else "--text_encoder2"
-        raise UserError(f"HunyuanVideo has two text encoders and only {given} was given: name both")
-    words1 = _folder(options.text_encoder1, options.tokenizer1, 1, llama.TOKENIZER_PLACES, llama.REPOSITORY)
-    words2 = _folder(options.text_encoder2, options.tokenizer2, 2, clip.TOKENIZER_PLACES, clip.REPOSITORY)
-    tokenizer1, tokenizer2 = llama.load_tokenizer(words1), clip.load_tokenizer(words2)
+        raise UserError("HunyuanVideo has two text encoders: name both, with --text_encoder1 and --text_encoder2")
+    words1, words2 = found_files(options).values()
+    tokenizer1, tokenizer2 = llama.load_tokenizer(words1.parent), clip.load_tokenizer(words2.parent)
     dtype = DTYPES[options.text_encoder_dtype]
     fp8 = Fp8Policy(Fp8Targets(include=llama.FP8_LINEARS)) if options.fp8_llm else None
     with open_checkpoint(options.text_encoder2) as checkpoint:
@@ -85,8 +83,15 @@ def load_text_encoders(options: TextEncoderOptions, *, device: torch.device) -> 
     )
 
 
-def _folder(encoder: str, given: str | None, number: int, places: Sequence[str], repository: str) -> Path:
-    return find_folder(given, f"tokenizer{number}", Path(encoder), places, repository)
+def found_files(options: object) -> dict[str, Path]:
+    """The tokenizer of each text encoder. Raises UserError where one has none."""
+    if not isinstance(options, TextEncoderOptions):
+        return {}
+    rows = (options.text_encoder1, options.tokenizer1, llama), (options.text_encoder2, options.tokenizer2, clip)
+    return {
+        f"tokenizer{n}": find_words(given, f"tokenizer{n}", Path(path or ""), kind.TOKENIZER_PLACES, kind.REPOSITORY)
+        for n, (path, given, kind) in enumerate(rows, start=1)
+    }
 
 
 def _shapes(header: Header) -> dict[str, tuple[int, ...]]:
