@@ -14,9 +14,10 @@ from musubi_tuner.families.hunyuan_video.config import dit_config
 from musubi_tuner.families.hunyuan_video.model import HunyuanVideoModel
 from musubi_tuner.families.hunyuan_video.options import TextEncoderOptions
 from musubi_tuner.families.hunyuan_video.spec import SPEC
-from musubi_tuner.families.hunyuan_video.vae import load_vae, sample_latents
+from musubi_tuner.families.hunyuan_video.vae import load_vae
 from musubi_tuner.nn.runner import Run, direct
-from musubi_tuner.nn.vae.video_kl import VideoKlVae
+from musubi_tuner.nn.vae.video_kl import VideoKlVae, sample_latents
+from musubi_tuner.weights.encoders import TextPair
 from musubi_tuner.weights.reader import Header
 
 log = logging.getLogger(__name__)
@@ -65,11 +66,12 @@ class HunyuanVideoFamily:
         pixels = [item.pixels for item in items if item.pixels is not None]
         if len(pixels) != len(items):
             raise ValueError("an item without pixels has no latents")
-        return [[{"latents": latents}] for latents in sample_latents(vae, torch.stack(pixels))]
+        sampled = sample_latents(vae, torch.stack(pixels)).to(vae.dtype)
+        return [[{"latents": latents}] for latents in sampled]
 
     def encode_condition(self, items: Sequence[Item], encoders: Encoders) -> list[dict[str, Tensor]]:
         """Token features with their mask, and the pooled vector, of each caption."""
-        if not isinstance(encoders, text.TextEncoders):
+        if not isinstance(encoders, TextPair):
             raise TypeError(f"HunyuanVideo encodes text with its two encoders, not with {type(encoders).__name__}")
         return encoders.encode([item.caption for item in items])
 
