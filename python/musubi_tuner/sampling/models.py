@@ -7,7 +7,7 @@ turns every distinct prompt into its condition once, and lets go. `open_dit` set
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,16 @@ def encode_prompts(
     device: torch.device,
     dtype: torch.dtype,
     progress: bool = True,
+    also: Callable[[Encoders], None] | None = None,
 ) -> Prompts:
-    """Load the encoders that `options` (the family's own group) name, encode, and free them."""
+    """Load the encoders that `options` (the family's own group) name, encode, let `also` use them too, free them."""
     encoders = family.load_encoders(options, device=device, dtype=dtype)
     if encoders is None:
         hint = f" with --{fields(options)[0].name}" if is_dataclass(options) else ""
         raise UserError(f"prompts cannot be encoded without {family.spec.name}'s text encoder: name its file{hint}")
     found = encode(family, encoders, requests, progress=progress)
+    if also is not None:
+        also(encoders)
     del encoders
     release(device)
     return found

@@ -9,10 +9,17 @@ from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import Conditioning, Dit, Encoders, FamilySpec, Item, Tools, Vae
-from musubi_tuner.families.framepack import generate, keys, options, predict, text, vae
+from musubi_tuner.families.framepack import generate, keys, options, predict, text
 from musubi_tuner.families.framepack.config import dit_config
 from musubi_tuner.families.framepack.model import FramePackModel, RopeScaling
 from musubi_tuner.families.framepack.spec import SPEC, WINDOW
+from musubi_tuner.families.framepack.vae import (
+    PictureEncoder,
+    SectionVae,
+    load_vae,
+    request_fields,
+    training_entries,
+)
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.nn.vae.video_kl import SavingOptions
 from musubi_tuner.weights.reader import Header
@@ -41,18 +48,20 @@ class FramePackFamily:
 
     def load_vae(self, path: str, *, device: torch.device, dtype: torch.dtype, options: Any = None) -> Vae:
         """The causal VAE, with the options' ways to save memory."""
-        return vae.load_vae(path, device=device, dtype=dtype, **_vae_settings(options))
+        return load_vae(path, device=device, dtype=dtype, **_vae_settings(options))
 
     def encode_latents(
         self, items: Sequence[Item], vae: Vae, encoders: Encoders | None = None
     ) -> list[list[dict[str, Tensor]]]:
         """An entry for each section of a clip, for one picture with its controls, or for a request's pictures."""
-        picture, chosen = _for_pictures(vae, encoders)
+        if not isinstance(vae, SectionVae):
+            raise TypeError(f"FramePack latents are those of its own VAE, not of {type(vae).__name__}")
+        picture, chosen = _for_pictures(encoders)
         if items[0].pixels is None:
-            return [[vae.request_fields(item, vae, picture)] for item in items]  # type: ignore[arg-type]
+            return [[request_fields(item, vae, picture)] for item in items]
         if not isinstance(chosen, options.CacheLatentOptions):
             raise TypeError("clips are encoded by the options of the latent cache")
-        return vae.training_entries(items, vae, picture, chosen)  # type: ignore[arg-type]
+        return training_entries(items, vae, picture, chosen)
 
     def encode_condition(self, items: Sequence[Item], encoders: Encoders) -> list[dict[str, Tensor]]:
         """Token features with their mask, and the pooled vector, of each caption."""
@@ -88,15 +97,14 @@ class FramePackFamily:
 
 
 def _vae_settings(chosen: Any) -> dict[str, Any]:
-    if isinstance(chosen, options.EncodingOptions):
-        return {"savings": chosen.savings, "window": None if chosen.bulk_decode else chosen.latent_window_size}
-    return {"savings": chosen.savings if isinstance(chosen, SavingOptions) else None, "window": WINDOW}
+    savings = chosen.savings if isinstance(chosen, SavingOptions) else None
+    if not isinstance(chosen, options.EncodingOptions):
+        return {"savings": savings, "window": WINDOW}
+    return {"savings": savings, "window": None if chosen.bulk_decode else chosen.latent_window_size}
 
 
-def _for_pictures(given: Vae, encoders: Encoders | None) -> tuple[vae.PictureEncoder, Any]:
+def _for_pictures(encoders: Encoders | None) -> tuple[PictureEncoder, Any]:
     """The picture encoder and the options that it was loaded for. Raises UserError where there is none."""
-    if not isinstance(given, vae.SectionVae):
-        raise TypeError(f"FramePack latents are those of its own VAE, not of {type(given).__name__}")
     if not isinstance(encoders, text.AllEncoders) or encoders.picture is None:
         raise UserError("pictures need SigLIP: name it with --image_encoder")
     return encoders.picture, encoders.options

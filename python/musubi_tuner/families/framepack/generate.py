@@ -26,8 +26,8 @@ _FEW, _MANY, _MU_CAP = (256, 0.5), (4096, 1.15), math.log(7)
 def shift_of(frames: int, height: int, width: int) -> float:
     """Shift of the time grid for a section of so many latent frames, `height` x `width` pixels."""
     tokens = frames * (height // SPEC.latents.spatial) * (width // SPEC.latents.spatial) / 4
-    slope = (_MANY[1] - _FEW[1]) / (_MANY[0] - _FEW[0])
-    return math.exp(min(_FEW[1] + slope * (tokens - _FEW[0]), _MU_CAP))
+    along = (tokens - _FEW[0]) / (_MANY[0] - _FEW[0])
+    return math.exp(min(_FEW[1] + along * (_MANY[1] - _FEW[1]), _MU_CAP))
 
 
 def plan(options: EncodingOptions, values: Mapping[str, Any], said: Mapping[str, str]) -> dict[str, Any]:
@@ -50,7 +50,9 @@ def _count(options: EncodingOptions, values: Mapping[str, Any], said: Mapping[st
     """Sections: what a prompt's entry says, then the command line; a preview's `--f` are frames, else seconds."""
     per_section = SPEC.latents.temporal * options.latent_window_size
     if "vs" in said:
-        return _whole(said["vs"])
+        if not said["vs"].isdigit() or int(said["vs"]) < 1:
+            raise UserError(f"--vs {said['vs']}: must be a number of sections, at least 1")
+        return int(said["vs"])
     seconds = float(said["f"]) if "f" in said else None
     if not isinstance(options, GenerationOptions):
         return max(round((seconds or values["frames"] or 1) / per_section), 1)
@@ -61,12 +63,6 @@ def _count(options: EncodingOptions, values: Mapping[str, Any], said: Mapping[st
     if seconds is None and values["frames"] is not None:
         return max((values["frames"] - 1) // per_section, 1)
     return max(round((seconds or options.video_seconds) * values["fps"] / per_section), 1)
-
-
-def _whole(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"--vs {text}: must be a number of sections, at least 1")
-    return int(text)
 
 
 def one_frame(options: EncodingOptions, said: Mapping[str, str]) -> OneFrame | None:
@@ -86,9 +82,8 @@ def generate(options: EncodingOptions, item: Item, pictures: Mapping[str, Tensor
     single = one_frame(options, item.said)
     if single is not None:
         controls = pictures["control"] if "control" in pictures else pictures["start"]
-        return tools.denoise(
-            tools.draw((SPEC.latents.channels, 1, *size)), {**single.fields(controls, window), **image}
-        )
+        told = sections.one_frame(single, controls, window)
+        return tools.denoise(tools.draw((SPEC.latents.channels, 1, *size)), {**told, **image})
     start = pictures["start"]
     count = (item.frames - 1) // (SPEC.latents.temporal * window)
 
