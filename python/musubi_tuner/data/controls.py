@@ -35,13 +35,8 @@ def most(spec: FamilySpec) -> int | None:
     """How many controls an item of this family may have: 0, 1, or None for any number."""
     fields = [field for field in spec.cache_fields if field.name == FIELD]
     if not fields:
-        return None if spec.reads_controls else 0
+        return 0
     return None if fields[0].numbered else 1
-
-
-def cached(spec: FamilySpec) -> bool:
-    """Whether a latent cache has a field for each control."""
-    return any(field.name == FIELD for field in spec.cache_fields)
 
 
 def required(spec: FamilySpec) -> bool:
@@ -56,11 +51,10 @@ def without_effect(dataset: DatasetSpec, spec: FamilySpec) -> tuple[str, ...]:
         "no_resize_control": dataset.no_resize_control,
         "control_resolution": dataset.control_resolution is not None,
     }
-    later = [key for key in dataset.later if key not in spec.dataset_keys]
     if most(spec) == 0:
-        return (*(key for key, value in given.items() if value), *later)
+        return (*(key for key, value in given.items() if value), *dataset.later)
     overruled = ("control_resolution",) if dataset.no_resize_control and dataset.control_resolution else ()
-    return (*overruled, *later)
+    return (*overruled, *dataset.later)
 
 
 def in_folder(folder: Path, stems: Collection[str], endings: Collection[str]) -> dict[str, list[Path]]:

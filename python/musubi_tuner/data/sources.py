@@ -219,5 +219,4 @@ def to_encode(item: MediaItem, *, with_pixels: bool, with_controls: bool = False
         frames=frames,
         height=height,
         width=width,
-        said=item.dataset.said,
     )

@@ -55,9 +55,7 @@ class DatasetSpec:
     no_resize_control: bool = False
     control_resolution: tuple[int, int] | None = None
     later: tuple[str, ...] = ()
-    """Keys that are valid and mean something to some families only, or to none yet."""
-    said: Mapping[str, Any] = field(default_factory=dict)
-    """Values of these keys."""
+    """Keys that are valid and have no effect here yet."""
 
     @property
     def media(self) -> Path:
@@ -131,8 +129,7 @@ class _Reader:
         spec = DatasetSpec(number, f"{self.name}, {section}", kind)
         spec = replace(spec, **{"jsonl" if is_list else "directory": values.pop(media[0])})
         later = tuple(key for key in LATER if key in values)
-        said = {key: values.pop(key) for key in later}
-        return replace(spec, later=later, said=said, **values)
+        return replace(spec, later=later, **{key: value for key, value in values.items() if key not in later})
 
     def renamed(self, given: Mapping[str, Any], section: str) -> dict[str, Any]:
         """`given` under the present names of keys that were once spelt otherwise."""

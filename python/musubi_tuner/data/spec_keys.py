@@ -134,4 +134,4 @@ LATER = (
     "fp_1f_target_index",
     "fp_1f_no_post",
 )
-"""Known keys of single families (`FamilySpec.dataset_keys`), and of modes that are not here yet."""
+"""Known keys of families and modes that are not here yet."""

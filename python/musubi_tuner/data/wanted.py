@@ -27,8 +27,7 @@ def fingerprint(
         return Fingerprint(
             text_hash(item.caption), settings=settings, controls=beside, control_sources=hashes, entries=entries
         )
-    said = {key: str(value) for key, value in item.dataset.said.items() if key in spec.dataset_keys}
-    return Fingerprint(hashed(item.path), item.bucket, item.frames, {**settings, **said}, entries, beside, hashes)
+    return Fingerprint(hashed(item.path), item.bucket, item.frames, settings, entries, beside, hashes)
 
 
 def media_of(item: MediaItem, part: Part, spec: FamilySpec) -> list[Path]:
