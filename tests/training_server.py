@@ -32,13 +32,13 @@ class Server:
         out.mkdir(exist_ok=True)
         return self.ask(place=str(place), out=str(out), words=words, **more)["pid"]
 
-    def pair(self, place: Path, out: Path, words: list[str]) -> list[int]:
-        """Two processes of one run, as a launcher starts them."""
+    def pair(self, place: Path, out: Path, words: list[str], **more: str) -> list[int]:
+        """Two processes of one run, as a launcher starts them; `more` environment variables."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        shared["ACCELERATE_USE_CPU"] = "true"
+        shared |= {"ACCELERATE_USE_CPU": "true", **more}
         return [
             self.start(place, out, words, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(2)

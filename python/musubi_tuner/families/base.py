@@ -7,6 +7,7 @@ differs between families is either a fact here or one of the calls below.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -126,8 +127,10 @@ class FamilySpec:
     """Pictures that a request may come with, by role: `start`, `end`, `control`."""
     reads_controls: bool = False
     """Whether items' controls are encoded though no cache field is named `control`."""
+    control_masks: bool = False
+    """Whether the opacity of a control says what of it counts (`Item.masks`)."""
     dataset_keys: tuple[str, ...] = ()
-    """Keys of a dataset file that only this family gives a meaning to (`Item.said`)."""
+    """Keys of a dataset file that only this family gives a meaning to (`Item.said`); see `data.spec_keys.SPECIAL`."""
     text_sees_controls: bool = False
     """Whether `encode_condition` looks at the items' controls, so that the text cache depends on them."""
     modelspec_resolution: str = "1280x720"
@@ -139,9 +142,12 @@ class FamilySpec:
 class Item:
     """One thing to encode: a training item, a preview or a generation request (then `pixels` is None).
 
-    pixels: `[C, F, H, W]` float32 in [-1, 1], already cropped to its bucket. controls: same layout, any sizes.
-    roles: of a request, what each control is: `start`, `end` or `control`. said: what the dataset file, or the request,
-    says to this family alone.
+    pixels: `[C, F, H, W]` float32 in [-1, 1], already cropped to its bucket; several target pictures of one item lie
+    on F. controls: same layout, any sizes.
+    masks: where the spec has `control_masks`, of each control `[1, F, H, W]` float32 in [0, 1], None for an opaque one.
+    roles: of a request, what each control is: `start`, `end` or `control`.
+    said: what the dataset file says to this family alone, by its `dataset_keys`, lists as tuples; of a request, what
+    its prompt line says to it.
     """
 
     caption: str
@@ -151,6 +157,7 @@ class Item:
     height: int = 0
     width: int = 0
     roles: tuple[str, ...] = ()
+    masks: tuple[Tensor | None, ...] = ()
     said: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -170,6 +177,16 @@ class Vae(Protocol):
 
 Dit = nn.Module
 """A transformer: embed -> run(blocks, h, ctx) -> head; `forward` takes `run`. Block lists are named in the spec."""
+
+
+@runtime_checkable
+class FindsFiles(Protocol):
+    """A family that reads files which no option need name: tokenizers beside an encoder, say."""
+
+    def found_files(self, options: Any) -> Mapping[str, Path]:
+        """Such files by option name, for the options that a cache command hands to `load_encoders`; caches depend on
+        them. Nothing large is read. UserError where one is needed and not there."""
+        ...
 
 
 @runtime_checkable

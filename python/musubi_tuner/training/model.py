@@ -26,6 +26,8 @@ from musubi_tuner.sampling.models import OpenDit, open_dit
 from musubi_tuner.training import fp8_report
 from musubi_tuner.training.checkpoint import Write, lora_file, model_file
 from musubi_tuner.training.config import ModelOptions, NetworkOptions
+from musubi_tuner.training.runtime import LocalRuntime
+from musubi_tuner.training.shards import own_part
 from musubi_tuner.training.step import Predict
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
@@ -162,13 +164,17 @@ def adapter(
     )
 
 
-def whole_model(dit: Dit, opened: OpenDit, *, rate: float, save_dtype: torch.dtype | None) -> Trainable:
-    """Every weight of `dit`, unfrozen; saved in the layout of the checkpoint it was loaded from."""
+def whole_model(
+    dit: Dit, opened: OpenDit, runtime: LocalRuntime, *, rate: float, save_dtype: torch.dtype | None
+) -> Trainable:
+    """Every weight of `dit`, unfrozen, in shards where `runtime` says so; saved in the layout of its checkpoint."""
     with open_checkpoint(opened.path) as checkpoint:
         header = checkpoint.header
     dit.requires_grad_(True)
+    runtime.shard(dit, opened.family.spec.blocks)
     parameters = list(dit.parameters())
-    log.info("training all %s parameters", f"{sum(p.numel() for p in parameters):,}")
+    count, here = (sum(p.numel() for p in of) for of in (parameters, map(own_part, parameters)))
+    log.info("training all %s parameters%s", f"{count:,}", f", {here:,} of them here" if here < count else "")
     group = {"params": parameters, "lr": rate, "name": "all"}
-    write = model_file(dit, header, opened.family.rename_dit_key, save_dtype)
+    write = model_file(dit, header, opened.family.rename_dit_key, save_dtype, leads=runtime.rank == 0)
     return Trainable([group], write, named=dict(dit.named_parameters()))

@@ -19,6 +19,7 @@ from musubi_tuner.training.config import (
     NetworkOptions,
     OptimizerOptions,
     RunOptions,
+    SampleOptions,
     SaveOptions,
     TimestepOptions,
 )
@@ -63,15 +64,31 @@ def prepare(family: Family, options: Resolved) -> Setting:
     opened = open_model(family, options[ModelOptions], sizes, own[0] if own else None)
     names = Names(output_folder(save.output_dir), output_name(save.output_name))
     runtime = launched(chosen.mixed_precision)
+    if runtime.sharded:
+        _check_sharded(options)
     resume = open_resume(options[StateOptions])
     seed = chosen.seed if resume is None or chosen.seed is not None else resume.seed
     seed = runtime.agree(secrets.randbits(32) if seed is None else seed)
     source = _data(family, options[DataOptions], runtime, seed)
-    plan, state = _plan(chosen, options[StateOptions], resume, runtime, runtime.most(len(source)))
+    plan, state = _plan(chosen, options[StateOptions], resume, runtime, source.longest)
     rehearse(options[OptimizerOptions], options[TimestepOptions], family.spec, steps=plan.max_steps)
     if runtime.rank == 0 and (left := remove_leftovers(names.folder, names.name)):
         log.info("removed what a killed run left unfinished: %s", ", ".join(path.name for path in left))
     return Setting(family, options, runtime, names, seed, opened, source, plan, resume, state)
+
+
+def _check_sharded(options: Resolved) -> None:
+    """Raises UserError for what a launch with FSDP cannot do."""
+    if not options[ModelOptions].full_finetune:
+        raise UserError(
+            "the launcher asks for FSDP, which splits weights that are trained, and an adapter has few: use a plain "
+            "launch (`accelerate launch --multi_gpu --num_processes N`), or train all weights with --full_finetune"
+        )
+    if options[SampleOptions].sample_prompts is not None:
+        raise UserError(
+            "previews are made by one process and with FSDP none has the whole model: leave out --sample_prompts, and "
+            "render from the saved files"
+        )
 
 
 def _data(family: Family, chosen: DataOptions, runtime: LocalRuntime, seed: int) -> CachedBatches:

@@ -71,7 +71,7 @@ def run(family: Family, options: Resolved) -> None:
         observers = _with_previews(setting, observers, prompts, dit, step)
     log.info("%d steps, precision %s, on %s", plan.max_steps, runtime.precision, runtime.device)
     dit.train()
-    watching = observers if runtime.rank == 0 else ()
+    watching = observers if runtime.rank == 0 else observers[:1] if runtime.sharded else ()
     with interruptible(runtime) as stop, runtime.speaking():
         train(step, setting.source, plan, rate=rate, observers=watching, state=setting.state, stop=stop)
     runtime.close()
@@ -103,11 +103,12 @@ def _model(of: Setting) -> tuple[Dit, Trainable]:
     model, save_dtype = of.options[ModelOptions], of.options[SaveOptions].dtype
     rate = of.options[OptimizerOptions].learning_rate
     dtype = torch.float32 if model.full_finetune else of.runtime.dtype or torch.float32
-    dit = of.opened.load(weight_policy(of.family.spec, model, dtype), of.runtime.device)
+    place = torch.device("cpu") if of.runtime.sharded else of.runtime.device
+    dit = of.opened.load(weight_policy(of.family.spec, model, dtype), place)
     if model.fp8_report and model.fp8_base and of.runtime.rank == 0:
         report_fp8(dit, of.opened, of.names.folder, of.names.name)
     if model.full_finetune:
-        return dit, whole_model(dit, of.opened, rate=rate, save_dtype=save_dtype)
+        return dit, whole_model(dit, of.opened, of.runtime, rate=rate, save_dtype=save_dtype)
     network = of.options[NetworkOptions]
     return dit, adapter(dit, of.family.spec, network, rate=rate, seed=of.seed, save_dtype=save_dtype)
 
@@ -131,6 +132,7 @@ def _step(of: Setting, dit: Dit, trainable: Trainable, optimizer: torch.optim.Op
         timestep_offset=times.timestep_offset,
         max_grad_norm=of.options[OptimizerOptions].max_grad_norm,
         watch=meters.losses,
+        spare=of.source.spare if of.runtime.sharded else None,
     )
 
 
@@ -139,7 +141,7 @@ def _observers(of: Setting, step: Step, trainable: Trainable, meters: Meters, ru
     save = of.options[SaveOptions]
     facts = metadata.Facts(
         steps=of.plan.max_steps,
-        epochs=of.plan.epochs(len(of.source)),
+        epochs=of.plan.epochs(of.source.longest),
         seed=of.seed,
         precision=of.runtime.precision,
         optimizer=described(step.optimizer, of.options[OptimizerOptions].optimizer_args),
@@ -160,6 +162,7 @@ def _observers(of: Setting, step: Step, trainable: Trainable, meters: Meters, ru
         states=StateWriter(run, trainable.named, step.optimizer, of.runtime),
         keep_states=states.save_state,
         last_state=states.save_state_on_train_end,
+        leads=of.runtime.rank == 0,
     )
     board = open_tracker(of.options, meters.read) if of.runtime.rank == 0 else None
     return [saver, *([board] if board else []), ProgressBar(of.plan.max_steps)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import option
 from musubi_tuner.nn.text import clip, llama
-from musubi_tuner.nn.text.tokenizers import find_folder
+from musubi_tuner.nn.text.tokenizers import find_words
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
@@ -83,15 +83,10 @@ def load_pair(
     tokens: that a caption has at most; longer ones are cut.
     """
     if not options.text_encoder1 or not options.text_encoder2:
-        given = "--text_encoder1" if options.text_encoder1 else "--text_encoder2"
-        raise UserError(f"{owner} has two text encoders and only {given} was given: name both")
+        raise UserError(f"{owner} has two text encoders: name both, with --text_encoder1 and --text_encoder2")
     beside1, beside2 = Path(options.text_encoder1), Path(options.text_encoder2)
-    words = llama.load_tokenizer(
-        find_folder(options.tokenizer1, "tokenizer1", beside1, llama.TOKENIZER_PLACES, llama.REPOSITORY)
-    )
-    pieces = clip.load_tokenizer(
-        find_folder(options.tokenizer2, "tokenizer2", beside2, clip.TOKENIZER_PLACES, clip.REPOSITORY)
-    )
+    words_file, pieces_file = found_files(options).values()
+    words, pieces = llama.load_tokenizer(words_file.parent), clip.load_tokenizer(pieces_file.parent)
 
     def tower(sizes: Any) -> tuple[nn.Module, Rename]:
         model = clip.empty_clip(sizes, pieces.eos_token_id)
@@ -106,6 +101,17 @@ def load_pair(
     return TextPair(
         llama.LlamaText(features, words, tokens), clip.ClipText(pooled, pieces, sizes.max_position_embeddings), rows
     )
+
+
+def found_files(options: object) -> dict[str, Path]:
+    """The tokenizer of each text encoder, named or found beside it. Raises UserError where one has none."""
+    if not isinstance(options, PairOptions):
+        return {}
+    rows = (options.text_encoder1, options.tokenizer1, llama), (options.text_encoder2, options.tokenizer2, clip)
+    return {
+        f"tokenizer{n}": find_words(given, f"tokenizer{n}", Path(path or ""), kind.TOKENIZER_PLACES, kind.REPOSITORY)
+        for n, (path, given, kind) in enumerate(rows, start=1)
+    }
 
 
 def _loaded(

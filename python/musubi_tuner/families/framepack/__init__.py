@@ -10,18 +10,13 @@ from torch import Tensor
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import Conditioning, Dit, Encoders, FamilySpec, Item, Tools, Vae
 from musubi_tuner.families.framepack import generate, keys, options, predict, text
+from musubi_tuner.families.framepack import vae as coding
 from musubi_tuner.families.framepack.config import dit_config
 from musubi_tuner.families.framepack.model import FramePackModel, RopeScaling
 from musubi_tuner.families.framepack.spec import SPEC, WINDOW
-from musubi_tuner.families.framepack.vae import (
-    PictureEncoder,
-    SectionVae,
-    load_vae,
-    request_fields,
-    training_entries,
-)
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.nn.vae.video_kl import SavingOptions
+from musubi_tuner.weights.encoders import found_files
 from musubi_tuner.weights.reader import Header
 
 log = logging.getLogger(__name__)
@@ -31,6 +26,7 @@ class FramePackFamily:
     """The calls of `families.base.Family` and `OwnSampling`; see there."""
 
     spec: FamilySpec = SPEC
+    found_files = staticmethod(found_files)
 
     def option_groups(self, command: str) -> tuple[type, ...]:
         """Encoders first, then the model where the transformer is loaded."""
@@ -48,20 +44,20 @@ class FramePackFamily:
 
     def load_vae(self, path: str, *, device: torch.device, dtype: torch.dtype, options: Any = None) -> Vae:
         """The causal VAE, with the options' ways to save memory."""
-        return load_vae(path, device=device, dtype=dtype, **_vae_settings(options))
+        return coding.load_vae(path, device=device, dtype=dtype, **_vae_settings(options))
 
     def encode_latents(
         self, items: Sequence[Item], vae: Vae, encoders: Encoders | None = None
     ) -> list[list[dict[str, Tensor]]]:
         """An entry for each section of a clip, for one picture with its controls, or for a request's pictures."""
-        if not isinstance(vae, SectionVae):
+        if not isinstance(vae, coding.SectionVae):
             raise TypeError(f"FramePack latents are those of its own VAE, not of {type(vae).__name__}")
         picture, chosen = _for_pictures(encoders)
         if items[0].pixels is None:
-            return [[request_fields(item, vae, picture)] for item in items]
+            return [[coding.request_fields(item, vae, picture)] for item in items]
         if not isinstance(chosen, options.CacheLatentOptions):
             raise TypeError("clips are encoded by the options of the latent cache")
-        return training_entries(items, vae, picture, chosen)
+        return coding.training_entries(items, vae, picture, chosen)
 
     def encode_condition(self, items: Sequence[Item], encoders: Encoders) -> list[dict[str, Tensor]]:
         """Token features with their mask, and the pooled vector, of each caption."""
@@ -103,7 +99,7 @@ def _vae_settings(chosen: Any) -> dict[str, Any]:
     return {"savings": savings, "window": None if chosen.bulk_decode else chosen.latent_window_size}
 
 
-def _for_pictures(encoders: Encoders | None) -> tuple[PictureEncoder, Any]:
+def _for_pictures(encoders: Encoders | None) -> tuple[coding.PictureEncoder, Any]:
     """The picture encoder and the options that it was loaded for. Raises UserError where there is none."""
     if not isinstance(encoders, text.AllEncoders) or encoders.picture is None:
         raise UserError("pictures need SigLIP: name it with --image_encoder")

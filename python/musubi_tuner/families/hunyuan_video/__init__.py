@@ -17,7 +17,7 @@ from musubi_tuner.families.hunyuan_video.spec import SPEC
 from musubi_tuner.families.hunyuan_video.vae import load_vae
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.nn.vae.video_kl import VideoKlVae, sample_latents
-from musubi_tuner.weights.encoders import TextPair
+from musubi_tuner.weights.encoders import TextPair, found_files
 from musubi_tuner.weights.reader import Header
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ class HunyuanVideoFamily:
     """The calls of `families.base.Family`; see there."""
 
     spec: FamilySpec = SPEC
+    found_files = staticmethod(found_files)
 
     def option_groups(self, command: str) -> tuple[type, ...]:
         """Encoders first, then the model where the transformer is loaded."""
