@@ -69,6 +69,7 @@ def run(family: Family, options: Resolved) -> None:
     device = choose_device(options[ModelOptions].device)
     policy = _policy(family, options[ModelOptions])
     opened = _open(family, options)
+    pictures.check_model(opened.dit, requests)
     writer = Writer.checked(family, options)
     if any(request.pictures for request in requests):
         _require_vae(options)
@@ -113,6 +114,7 @@ def serve(family: Family, options: Resolved, lines: TextIO) -> None:
     for line in _asked_lines(lines):
         try:
             requests = make_requests(family, options, [parse_line(line)])
+            pictures.check_model(sampler.dit, requests)
             encoders.to(device)
             prompts = encode(family, encoders, requests, progress=False)
             seen = pictures.encode(family, encoders, lambda: vae.to(device), requests, device)
@@ -294,8 +296,15 @@ def _open(family: Family, options: Resolved) -> OpenDit:
     ]
     config = read_model_config(options.as_dict().get("model_config"))
     own = [options[group] for group in family.option_groups("generate")][1:]
-    more = {"options": own[0] if own else None, "attn_mode": chosen.attn_mode}
-    return open_dit(family, chosen.dit, merges=merges, config=config, **more)
+    return open_dit(
+        family,
+        chosen.dit,
+        merges=merges,
+        config=config,
+        options=own[0] if own else None,
+        attn_mode=chosen.attn_mode,
+        split_attn=chosen.split_attn,
+    )
 
 
 def _sample(

@@ -143,6 +143,7 @@ def open_dit(
     config: Mapping[str, Any] | None = None,
     options: Any = None,
     attn_mode: str = "sdpa",
+    split_attn: bool = False,
 ) -> OpenDit:
     """Build the transformer of a checkpoint on meta and match `merges` with it; `options`: the family's own group.
 
@@ -151,6 +152,6 @@ def open_dit(
     """
     with open_checkpoint(path) as checkpoint:
         dit = family.build_dit(checkpoint.header, config, options)
-    set_mode(dit, attn_mode)
+    set_mode(dit, attn_mode, split=split_attn)
     shapes = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
     return OpenDit(family, path, dit, tuple(_Bound(merge.bind(shapes)) for merge in merges))

@@ -42,6 +42,7 @@ class ModelOptions:
         choices=MODES,
         parse=lambda text: _ATTENTION.get(text, text),
     )
+    split_attn: bool = option(False, help="attend sample by sample where captions of a batch have different lengths")
     device: str | None = option(None, help="where to compute, e.g. cuda:1 or cpu; CUDA when present if not given")
 
 

@@ -4,6 +4,7 @@ They are encoded before the transformer is loaded, by the family's own calls, wh
 comes for that time only.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.data import images
-from musubi_tuner.families.base import Encoders, Family, FamilySpec, OwnSampling, Vae
+from musubi_tuner.families.base import Dit, Encoders, Family, FamilySpec, OwnSampling, Vae
 from musubi_tuner.sampling.request import Request
+
+log = logging.getLogger(__name__)
 
 Pictures = Mapping[Request, Mapping[str, Tensor]]
 """What the family's `encode_latents` made of each request's pictures, on the CPU; requests without any are absent."""
@@ -30,6 +33,25 @@ def check(request: Request) -> None:
             images.image_size(Path(path).expanduser())
         except ValueError as fault:
             raise UserError(f"picture {path} {fault}") from fault
+
+
+def check_model(dit: Dit | None, requests: Iterable[Request]) -> None:
+    """Compare pictures with what an opened transformer needs, where it has an attribute `pictures` (roles).
+
+    Raises UserError for a request without one of them; a picture that the transformer makes nothing of is told.
+    """
+    needed = getattr(dit, "pictures", None)
+    if not isinstance(needed, tuple):
+        return
+    for request in requests:
+        roles = {role for role, _ in request.pictures}
+        if not roles.issuperset(needed):
+            raise UserError(
+                "this checkpoint is image-to-video and was given no first frame: give --image_path (--i in a prompt "
+                "line), or a text-to-video checkpoint"
+            )
+        if roles - set(needed):
+            log.warning("this checkpoint makes nothing of pictures (%s): it is text-to-video", request.prompt[:60])
 
 
 def planned(family: Family, options: Any, values: Mapping[str, Any], said: Mapping[str, str]) -> Request:

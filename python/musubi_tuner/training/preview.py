@@ -58,15 +58,17 @@ class Encoded:
     """The family's own group."""
 
 
-def encode(family: Family, options: Resolved, *, device: torch.device) -> Encoded:
+def encode(family: Family, options: Resolved, *, device: torch.device, dit: Dit | None = None) -> Encoded:
     """Read the prompt file, encode its prompts and load the VAE; the text encoder is gone when this returns.
 
-    Raises UserError for faults of the prompt file, the encoder's files or the VAE.
+    dit: the transformer, opened but not loaded, whose needs the prompts are compared with. Raises UserError for faults
+    of the prompt file, the encoder's files or the VAE.
     """
     chosen = options[SampleOptions]
     if chosen.sample_prompts is None or chosen.vae is None:
         raise UserError("previews need --sample_prompts and --vae")
     requests = preview_requests(family, options, read_prompts(chosen.sample_prompts))
+    pictures.check_model(dit, requests)
     own = family.option_groups("train")
     encoder_options = options[own[0]] if own else None
     dtype = _vae_dtype(options, device)

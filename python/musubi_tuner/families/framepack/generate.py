@@ -33,6 +33,8 @@ def shift_of(frames: int, height: int, width: int) -> float:
 def plan(options: EncodingOptions, values: Mapping[str, Any], said: Mapping[str, str]) -> dict[str, Any]:
     """Frames, shift and solver of a request; see `families.base.OwnSampling`."""
     single, roles = one_frame(options, said), values["roles"]
+    if ";;;" in values["prompt"]:
+        raise UserError("a prompt for each section (0:...;;;1:...) is not in this version: give one prompt for all")
     if "start" not in roles and not (single and "control" in roles):
         raise UserError(
             "FramePack goes on from a picture: give the first frame with --image_path (--i in a prompt line)"

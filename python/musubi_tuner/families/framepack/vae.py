@@ -41,6 +41,8 @@ from musubi_tuner.weights.sizes import named_fields
 
 _VAE_PREFIX, _TOWER_PREFIX = "vae.", "vision_model."
 _STEP = SPEC.latents.temporal
+_PUBLISHED_SIDE = 384
+"""Pixels of the published tower's square; its 27 patches of 14 leave the last 6 unseen."""
 
 
 class SectionVae(VideoKlVae):
@@ -161,8 +163,9 @@ def tower_sizes(header: Header) -> TowerSizes:
         )
     width, _, patch, _ = shapes[needed[0]]
     layers = {key.split(".")[2] for key in shapes if key is not None and key.startswith("encoder.layers.")}
-    inner = shapes["encoder.layers.0.mlp.fc1.weight"][0]
-    return TowerSizes(width, inner, len(layers), max(1, width // 72), patch, isqrt(shapes[needed[1]][0]) * patch)
+    inner, side = shapes["encoder.layers.0.mlp.fc1.weight"][0], isqrt(shapes[needed[1]][0])
+    size = _PUBLISHED_SIDE if (side, patch) == (27, 14) else side * patch
+    return TowerSizes(width, inner, len(layers), max(1, width // 72), patch, size)
 
 
 def empty_tower(sizes: TowerSizes) -> Any:

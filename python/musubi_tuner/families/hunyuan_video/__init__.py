@@ -16,7 +16,7 @@ from musubi_tuner.families.hunyuan_video.options import TextEncoderOptions
 from musubi_tuner.families.hunyuan_video.spec import SPEC
 from musubi_tuner.families.hunyuan_video.vae import load_vae
 from musubi_tuner.nn.runner import Run, direct
-from musubi_tuner.nn.vae.video_kl import VideoKlVae, sample_latents
+from musubi_tuner.nn.vae.video_kl import SCALING, VideoKlVae, sample_latents
 from musubi_tuner.weights.encoders import TextPair, found_files
 from musubi_tuner.weights.reader import Header
 
@@ -61,9 +61,12 @@ class HunyuanVideoFamily:
         vae: Vae,
         encoders: Encoders | None = None,  # noqa: ARG002 the protocol's
     ) -> list[list[dict[str, Tensor]]]:
-        """One entry per item: a sample of its posterior [16, F, H, W], unscaled."""
+        """One entry per item: a sample of its posterior [16, F, H, W], unscaled; scaled of a request's picture."""
         if not isinstance(vae, VideoKlVae):
             raise TypeError(f"HunyuanVideo latents are those of its own VAE, not of {type(vae).__name__}")
+        if all(item.pixels is None and item.roles == ("start",) for item in items):
+            sampled = sample_latents(vae, torch.stack([item.controls[0] for item in items]))
+            return [[{"latents": latents}] for latents in sampled * SCALING]
         pixels = [item.pixels for item in items if item.pixels is not None]
         if len(pixels) != len(items):
             raise ValueError("an item without pixels has no latents")

@@ -102,6 +102,11 @@ class HunyuanVideoModel(nn.Module):
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.num_single_blocks))
         self.final_layer = FinalLayer(config)
 
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Roles of the pictures that every request must come with."""
+        return ("start",) if self.config.in_channels > self.config.out_channels else ()
+
     def forward(
         self,
         x: Tensor,

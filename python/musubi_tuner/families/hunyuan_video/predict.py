@@ -65,7 +65,7 @@ def _with_first_frame(x_t: Tensor, dit: HunyuanVideoModel, cond: Conditioning) -
     if "first_frame" not in cond:
         raise UserError(
             f"this transformer takes {dit.config.in_channels} channels (image-to-video) and was given no first frame: "
-            "it can be trained; to sample from text, give a text-to-video checkpoint (16 channels)"
+            "give --image_path (--i in a prompt line), or a text-to-video checkpoint (16 channels)"
         )
     clean = torch.zeros_like(x_t)
     clean[:, :, :1] = cond["first_frame"].to(x_t)
