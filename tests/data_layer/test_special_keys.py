@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import parse
@@ -206,3 +206,11 @@ class TestTextOfClips:
         assert len(items) == 14
         assert {item.text.name for item in items} == {"a_00000-005_toy_te.safetensors"}
         assert "training on the 14 caches" in warnings[0]
+
+    def test_those_of_the_established_tool_are_taken(self, path, family):
+        """Their names, without fingerprints."""
+        for file in (path.parent / "c").iterdir():
+            save_file(load_file(file), file, {"architecture": "toy", "format_version": "1.0.1"})
+        items, warnings = find_cached(load(path), family.spec)
+        assert len(items) == 14
+        assert "carry no fingerprint" in warnings[0]

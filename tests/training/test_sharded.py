@@ -1,8 +1,11 @@
 """Full fine-tuning in shards over two processes (FSDP2): the numbers of one process, and whole files and states."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,8 +14,9 @@ import torch
 from safetensors import safe_open
 
 from musubi_tuner.training.state import read_manifest, read_optimizer, read_weights
+from tiny_models import TINY
 from training_place import losses_in, make_place, tensors_in
-from training_server import Server
+from training_server import ROOT, Server, free_port, launch_variables
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
 WORDS = ["--full_finetune", "--max_train_epochs", "3", "--save_every_n_steps", "2", "--save_state"]
@@ -120,6 +124,38 @@ def test_shards_go_on_from_a_whole_state_and_one_process_from_theirs(server, pla
     words = [*WORDS, "--gradient_accumulation_steps", "2", "--resume", str(pair / state)]
     assert server.end(server.start(place, joined, words)) == 0, (joined / "log.txt").read_text()
     torch.testing.assert_close(numbers(joined), numbers(one, after=4), rtol=1e-6, atol=0)
+
+
+def test_every_family_has_the_gradients_of_the_whole_model(tmp_path):
+    """With and without checkpointing; and whole tensors go into shards and come back."""
+    port = free_port()
+    environment = {**os.environ, **launch_variables(port), **FSDP, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests/training/shards_of_families.py"), str(tmp_path)]
+    running = [
+        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
+    ]
+    assert [process.wait(timeout=500) for process in running] == [0, 0]
+    for rank in range(2):
+        told = json.loads((tmp_path / f"told{rank}.json").read_text())
+        assert len(told) == 3 * len(TINY)
+        for name in TINY:
+            assert told[f"{name} plain"] < 1e-5
+            assert told[f"{name} checkpointed"] < 1e-5
+            assert 0.4 < told[f"{name} share"] < 0.6
+
+
+@pytest.mark.slow
+def test_the_launch_line_of_the_docs(place, tmp_path):
+    """`accelerate launch --use_fsdp --fsdp_version 2`, on CPUs."""
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = "-m accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1"
+    precision = f"--mixed_precision bf16 --dynamo_backend no --main_process_port {free_port()}"
+    script = f"{ROOT}/src/musubi_tuner/wan_train_network.py --full_finetune --max_train_steps 2 --seed 3"
+    command = [sys.executable, *f"{launch} {precision} {script}".split(), "--dit", str(place / "dit.safetensors")]
+    command += ["--dataset_config", str(place / "data.toml"), "--output_dir", str(tmp_path), "--output_name", "x"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    assert tensors_in(tmp_path / "x.safetensors").keys() == tensors_in(place / "dit.safetensors").keys()
 
 
 @pytest.mark.slow

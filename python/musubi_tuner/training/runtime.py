@@ -166,12 +166,20 @@ class LocalRuntime:
 
     @contextmanager
     def speaking(self) -> Iterator[None]:
-        """A user's fault in the block may be this process's alone: all but the first, which is heard anyway, log it."""
+        """A user's fault in the block may be this process's alone: all but the first, which is heard anyway, log it.
+
+        Where weights lie in shards, processes also meet inside the model: another one that is gone gets its sentence.
+        """
         try:
             yield
         except UserError as fault:
             if self.rank:
                 log.error("%s", fault)
+            raise
+        except RuntimeError as fault:
+            told = isinstance(fault, ProcessLost) or not self.sharded
+            if not told and (isinstance(fault, dist.DistError) or "gloo" in str(fault)):
+                raise _lost(fault) from fault
             raise
 
     def close(self) -> None:
@@ -214,10 +222,14 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as fault:
-        raise ProcessLost(
-            "another process of this run has ended or cannot be reached, so this one ends too: look for that "
-            f"process's own message, mend it, and go on from the last state with --resume ({fault})"
-        ) from fault
+        raise _lost(fault) from fault
+
+
+def _lost(fault: RuntimeError) -> ProcessLost:
+    return ProcessLost(
+        "another process of this run has ended or cannot be reached, so this one ends too: look for that process's own "
+        f"message, mend it, and go on from the last state with --resume ({fault})"
+    )
 
 
 def launched(mixed_precision: str | None = None) -> LocalRuntime:

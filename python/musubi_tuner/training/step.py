@@ -82,14 +82,14 @@ class Step:
         parameters are then as before the step.
         """
         share = self.runtime.average(sum(len(batch.items) for batch in group))  # of the step's items, in the mean
-        idle = 0 if self.spare is None else self.runtime.most(len(group)) - len(group)
+        idle = [] if self.spare is None else [self.spare] * (self.runtime.most(len(group)) - len(group))
         total = torch.zeros((), device=self.runtime.device)
         for batch in group:
             part = self.loss(batch) * (len(batch.items) / share)
             self.runtime.backward(part)
             total += part.detach()
-        for _ in range(idle):
-            self.runtime.backward(self.loss(self.spare()) * 0.0)
+        for spare in idle:
+            self.runtime.backward(self.loss(spare()) * 0.0)
         loss = self.runtime.average(float(total))
         if not math.isfinite(loss):
             self.optimizer.zero_grad(set_to_none=True)
