@@ -89,7 +89,15 @@ def open_model(family: Family, model: ModelOptions, config: Mapping[str, Any] | 
     """
     multipliers = (*model.base_weights_multiplier, *[1.0] * len(model.base_weights))
     merges = [LoraMerge.from_file(p, m, strict=True) for p, m in zip(model.base_weights, multipliers, strict=False)]
-    return open_dit(family, model.dit, merges=merges, config=config, options=options, attn_mode=model.attn_mode)
+    return open_dit(
+        family,
+        model.dit,
+        merges=merges,
+        config=config,
+        options=options,
+        attn_mode=model.attn_mode,
+        split_attn=model.split_attn,
+    )
 
 
 def weight_policy(spec: FamilySpec, model: ModelOptions, dtype: torch.dtype) -> WeightPolicy:

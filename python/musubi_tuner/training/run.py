@@ -95,7 +95,7 @@ def _encoded_prompts(of: Setting) -> preview.Encoded | None:
     """What previews need of the text encoder, which is gone when this returns; None without previews."""
     if of.options[SampleOptions].sample_prompts is None or of.runtime.rank != 0:
         return None
-    return preview.encode(of.family, of.options, device=of.runtime.device)
+    return preview.encode(of.family, of.options, device=of.runtime.device, dit=of.opened.dit)
 
 
 def _model(of: Setting) -> tuple[Dit, Trainable]:
