@@ -110,6 +110,7 @@ def test_the_prompt_the_seed_and_the_guidance_matter_and_the_batch_does_not(run,
     assert relative(latents_of([p for p in files if "_5_" in p.name]), base) < 1e-4
 
 
+@pytest.mark.shows("fp8")
 def test_fp8_stays_close_and_a_lora_moves_it(run, models, tmp_path):
     words = ("--prompt", "a red seven", "--video_length", "1", "--output_type", "latent")
     exact = latents_of(run(*words, folder="exact"))

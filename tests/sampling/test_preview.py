@@ -94,6 +94,7 @@ def test_names_are_those_that_scripts_look_for(stage):
     assert len([n for n in stage.files() if re.fullmatch(r"run_e000004_0[01]_\d{14}_\d+\.(png|mp4)", n)]) == 2
 
 
+@pytest.mark.shows("sample_prompts", "sample_at_first", "sample_every_n_epochs", "sample_every_n_steps")
 def test_previews_come_when_asked(stage, monkeypatch):
     def times(*words):
         seen = []

@@ -79,6 +79,7 @@ def recorded(run: Path) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb")  # its own use of pydantic and protobuf
+@pytest.mark.shows("log_with", "log_tracker_name", "wandb_run_name", "wandb_api_key")
 def test_wandb_runs_offline_and_keeps_the_key_to_itself(tmp_path, monkeypatch, caplog, capfd):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -112,6 +113,7 @@ def test_wandb_that_is_missing_is_told(monkeypatch):
         open_tracker(parsed("--log_with", "wandb"))
 
 
+@pytest.mark.shows("log_tracker_config")
 def test_tracker_arguments_come_from_a_file(tmp_path):
     file = tmp_path / "t.toml"
     file.write_text('[tensorboard]\nflush_secs = 7\n[wandb]\nentity = "we"\ntags = ["a"]\n')

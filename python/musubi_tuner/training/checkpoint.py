@@ -65,6 +65,10 @@ class States(Protocol):
         ...
 
 
+def tell_nobody(_path: Path) -> None:
+    """For runs that keep what they save to themselves."""
+
+
 def state_of(file: Path) -> Path:
     """The state folder that belongs to a saved file."""
     return file.with_name(f"{file.stem}-state")
@@ -89,6 +93,8 @@ class Saver(Quiet):
     keep_states: bool = False
     last_state: bool = False
     state: State = field(default_factory=State)
+    saved: Callable[[Path], None] = tell_nobody
+    """Told of every file and state that is whole."""
     whole: list[Path] = field(default_factory=list)
     """What this run has saved and not removed again."""
 
@@ -128,6 +134,7 @@ class Saver(Quiet):
                 self.write(path, self.metadata(step, epoch))
         self.whole.append(path)
         log.info("saved %s", path)
+        self.saved(path)
         if with_state:
             self._save_state(state_of(path))
 
@@ -139,6 +146,7 @@ class Saver(Quiet):
             self.states.write(folder, self.state)
         self.whole.append(folder)
         log.info("saved %s", folder)
+        self.saved(folder)
 
     def _remove(self, number: int | None, path_of: Callable[[int], Path]) -> None:
         if number is None or not (path := path_of(number)).exists():
