@@ -49,8 +49,8 @@ def shown_by(tests: Path) -> dict[str, str]:
 
 def marks(module: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
     """(option, test) of every `shows` mark."""
-    for function in module.body:
-        for mark in function.decorator_list if isinstance(function, ast.FunctionDef) else ():
+    for function in (node for node in module.body if isinstance(node, ast.FunctionDef)):
+        for mark in function.decorator_list:
             if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Attribute) and mark.func.attr == "shows":
                 names = [a.value for a in mark.args if isinstance(a, ast.Constant)]
                 yield from ((str(name), function) for name in names)
