@@ -70,7 +70,7 @@ def stage(tmp_path, toy):
             self.encoded = preview.encode(self.family, options, device=torch.device("cpu"))
             return preview.Previews(
                 self.family, options, self.encoded, self.dit, runtime=LocalRuntime("cpu"),
-                show=lambda tag, pixels, step: self.shown.append((tag, pixels, step)),
+                show=lambda tag, pixels, step, _fps: self.shown.append((tag, pixels, step)),
                 names=Names(tmp_path, "run"), optimizer=self.optimizer,
             )  # fmt: skip
 

@@ -163,15 +163,36 @@ def test_adafactor_sets_its_own_rate_unless_told_otherwise(place, tmp_path, capl
     assert [e.value for e in scalars(tmp_path / "log").Scalars("lr/unet")] == pytest.approx([1e-3, 5e-4])
 
 
-def test_adamw8bit_is_there_or_told(place, tmp_path):
-    try:
-        import bitsandbytes  # noqa: F401  # whether it is installed decides what is expected
-    except ImportError:
-        with pytest.raises(UserError, match="bitsandbytes is not installed; `pip install` it"):
-            train(place, tmp_path, "--optimizer_type", "AdamW8bit")
-    else:
+def test_adamw8bit_that_is_missing_is_told(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("musubi_tuner.optim.build._packages", lambda: frozenset({"torch"}))
+    with pytest.raises(UserError, match="bitsandbytes is not installed; `pip install` it"):
         train(place, tmp_path, "--optimizer_type", "AdamW8bit")
-        assert "AdamW8bit" in metadata(tmp_path)["ss_optimizer"]
+
+
+def test_adamw8bit_keeps_its_moments_in_8_bits_learns_as_adamw_and_goes_on_from_a_state(place, tmp_path, monkeypatch):
+    """Tensors of 4096 values and more have 8-bit moments; the run that a state cuts in two ends as the whole one."""
+    pytest.importorskip("bitsandbytes", reason="made for Linux on x86-64 alone")
+    kept = {}
+    whole = run.train
+
+    def noting(step, *rest, **more):
+        kept["optimizer"] = step.optimizer
+        return whole(step, *rest, **more)
+
+    monkeypatch.setattr(run, "train", noting)
+    words = ["--network_dim", "64", "--max_train_steps", "4", "--max_grad_norm", "0"]
+    plain = train(place, tmp_path / "plain", *words)
+    bits = [*words, "--optimizer_type", "AdamW8bit"]
+    tensors = train(place, tmp_path / "bits", *bits)
+    assert metadata(tmp_path / "bits")["ss_optimizer"] == "bitsandbytes.optim.adamw.AdamW8bit"
+    moments = [state["state1"] for state in kept["optimizer"].state.values()]
+    assert {m.dtype for m in moments if m.numel() >= 4096} == {torch.uint8}
+    moved = torch.cat([t.flatten() for key, t in plain.items() if "lora_up" in key])
+    found = torch.cat([t.flatten() for key, t in tensors.items() if "lora_up" in key])
+    assert 0 < float((found - moved).norm() / moved.norm()) < 0.2
+    train(place, tmp_path / "cut", *bits, "--max_train_steps", "2", "--save_state_on_train_end")
+    again = train(place, tmp_path / "cut", *bits, "--resume", str(tmp_path / "cut/study-state"))
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
 
 
 @pytest.mark.shows("lr_scheduler_type")
