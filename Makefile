@@ -3,7 +3,7 @@
 #   make demo        the whole main job on real pictures, in .venv-demo
 #   make test        the default tests, in .venv-test (test-slow, test-gpu: the other tiers)
 #   make lint type   ruff and clang-format; mypy --strict on the packages that pyproject.toml names
-#   make docs        docs/options.md from the declarations in the code
+#   make docs        docs/options.md from the declarations in the code, and the plots
 #   make bench       kernel benchmarks
 #   make setup       .venv-test with everything that the targets above need
 #
@@ -72,7 +72,8 @@ bench: $(TEST)/.stamp-test
 	$(TEST)/bin/python benchmarks/kernels.py
 
 docs: $(TEST)/.stamp-test
-	@echo "== docs: the options page =="
+	@echo "== docs: the plots and the options page =="
+	$(TEST)/bin/python docs/images/make.py
 	$(TEST)/bin/musubi options > docs/options.md.new
 	mv docs/options.md.new docs/options.md
 
