@@ -18,32 +18,27 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from musubi_tuner.config.show import toml_value
 from training_place import make_place
 
 ROOT = Path(__file__).parents[2]
 
-CONFIG = """
-# config.toml
-dit = "{dit}"
-dataset_config = "{data}"
-network_module = "networks.lora"
-network_dim = 32
-network_alpha = 16
+SECTIONS = {
+    "optimizer": {"optimizer_type": "AdamW", "learning_rate": 1e-4},
+    "training": {"max_train_epochs": 10, "save_every_n_epochs": 2, "mixed_precision": "bf16"},
+    "output": {"output_name": "my_lora", "logging_dir": "./logs"},
+}
+"""The page's option file beside its paths and the adapter, which stand at the top."""
 
-[optimizer]
-optimizer_type = "AdamW"
-learning_rate = 1e-4
 
-[training]
-max_train_epochs = 10
-save_every_n_epochs = 2
-mixed_precision = "bf16"
+def option_file(**top: object) -> str:
+    """The file as text."""
+    top |= {"network_module": "networks.lora", "network_dim": 32, "network_alpha": 16}
+    lines = [f"{key} = {toml_value(value)}" for key, value in top.items()]
+    for section, values in SECTIONS.items():
+        lines += [f"[{section}]", *(f"{key} = {toml_value(value)}" for key, value in values.items())]
+    return "\n".join(lines)
 
-[output]
-output_dir = "{out}"
-output_name = "my_lora"
-logging_dir = "./logs"
-"""
 
 LAUNCH = "accelerate launch --num_cpu_threads_per_process 1 --mixed_precision bf16 src/musubi_tuner/hv_train_network.py"
 
@@ -64,8 +59,8 @@ def work(models, tmp_path, monkeypatch) -> Path:
     """The working folder, with the page's option file."""
     (tmp_path / "src").symlink_to(ROOT / "src")
     place = models["small"]
-    text = CONFIG.format(dit=place / "dit.safetensors", data=place / "data.toml", out=tmp_path / "out")
-    (tmp_path / "config.toml").write_text(text, encoding="utf-8")
+    paths = {"dit": place / "dit.safetensors", "dataset_config": place / "data.toml", "output_dir": tmp_path / "out"}
+    (tmp_path / "config.toml").write_text(option_file(**paths), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     return tmp_path
