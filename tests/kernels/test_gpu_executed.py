@@ -67,6 +67,12 @@ def _weight(case: Case, n: int, k: int) -> torch.Tensor:
     return torch.where(torch.isfinite(values) & (values.abs() < 1000), codes, torch.zeros_like(codes))
 
 
+def _stored(case: Case, codes: torch.Tensor) -> dict[str, Any]:
+    """The codes as the kernel reads them, and their row stride."""
+    q = codes.view(torch.int32) if case.constant("WORDS") else codes
+    return {"q": q, "q_stride": q.stride(0)}
+
+
 def _scales(case: Case, n: int, k: int, how: str, block: int) -> torch.Tensor:
     shape = {"row": (n, 1), "one": (1, 1)}.get(how, (n, k // block))
     return ((torch.rand(shape) + 0.5) * 0.01).to(case.dtype("scale"))
@@ -87,12 +93,13 @@ def _compare(case: Case, got: torch.Tensor, want: torch.Tensor, kind: str, poor:
 
 
 def _blocks(case: Case, step: int) -> tuple[int, int]:
-    """(length along which scales change, block size) that the entry's SCALES, GROUPS and EVEN stand for."""
+    """(length along which scales change, block size) that the entry's SCALES, BLOCK, GROUPS and EVEN stand for."""
     if case.constant("SCALES") == "each":
-        return (2 * step, step // 2) if case.constant("EVEN") else (step + 24, (step + 24) // 8)
+        block = case.constant("BLOCK")
+        return -(-(step + 1) // block) * block, block
     length = 3 * step if case.constant("EVEN") else 2 * step + 8
     whole = case.constant("SCALES") in ("row", "one")
-    return length, length if whole else step // case.constant("GROUPS")
+    return length, length if whole else min(case.constant("BLOCK"), step // case.constant("GROUPS"))
 
 
 def run_forward(case: Case) -> None:
@@ -108,9 +115,9 @@ def run_forward(case: Case) -> None:
     tiles = -(-m // bm) * -(-n // bn)
     case.launch(
         (tiles,),
-        **{"x": x, "q": q, "scale": scale, "bias": bias, "low": low, "up": up, "y": y},
-        **{"M": m, "N": n, "K": k, "block": block, "rank": rank, "strength": 0.5},
-        **{"x_stride": k, "q_stride": k, "scale_row": scale.shape[1], "scale_block": int(scale.shape[1] > 1)},
+        **{"x": x, "scale": scale, "bias": bias, "low": low, "up": up, "y": y},
+        **{"M": m, "N": n, "K": k, "rank": rank, "strength": 0.5},
+        **{**_stored(case, q), "x_stride": k, "scale_row": scale.shape[1], "scale_block": int(scale.shape[1] > 1)},
         **{"low_stride": low.stride(0), "up_stride": up.stride(0), "y_stride": n},
     )
     extra = torch.zeros(m, n, dtype=torch.float64)
@@ -133,9 +140,9 @@ def run_input_gradient(case: Case) -> None:
     dx = torch.full((m, k), float("nan"), dtype=case.dtype("dx"))
     case.launch(
         (-(-m // bm) * -(-k // bn),),
-        **{"grad": grad, "q": q, "scale": scale, "low": low, "down": down, "dx": dx},
-        **{"M": m, "N": n, "K": k, "block": block, "rank": rank, "strength": 0.5},
-        **{"grad_stride": n, "q_stride": k, "scale_row": 0 if how == "one" else scale.shape[1]},
+        **{"grad": grad, "scale": scale, "low": low, "down": down, "dx": dx},
+        **{"M": m, "N": n, "K": k, "rank": rank, "strength": 0.5},
+        **{**_stored(case, q), "grad_stride": n, "scale_row": 0 if how == "one" else scale.shape[1]},
         **{"scale_block": int(scale.shape[1] > 1), "low_stride": low.stride(0), "down_stride": k, "dx_stride": k},
     )
     extra = 0.5 * low.double() @ down.double() if rank else torch.zeros(m, k, dtype=torch.float64)
@@ -150,8 +157,8 @@ def run_rows(case: Case) -> None:
     bias, y = torch.randn(n).to(case.dtype("bias")), torch.full((m, n), float("nan"), dtype=case.dtype("y"))
     case.launch(
         (-(-n // bn), m),
-        **{"x": x, "q": q, "scale": scale, "bias": bias, "y": y, "N": n, "K": k, "block": block},
-        **{"x_stride": k, "q_stride": k, "scale_row": scale.shape[1], "scale_block": int(scale.shape[1] > 1)},
+        **{"x": x, "scale": scale, "bias": bias, "y": y, "N": n, "K": k},
+        **{**_stored(case, q), "x_stride": k, "scale_row": scale.shape[1], "scale_block": int(scale.shape[1] > 1)},
         y_stride=n,
     )
     extra = bias.double().expand(m, n) if case.constant("HAS_BIAS") else torch.zeros(m, n, dtype=torch.float64)
