@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if options.share >= 0:
         weights = Weights(*shapes[0], torch.device("cuda"), copies=1)
-        for m, transposed, tile in jobs[options.share :: WORKERS]:
+        distinct = {(transposed, tile): m for m, transposed, tile in jobs}  # M is not compiled in
+        for (transposed, tile), m in list(distinct.items())[options.share :: WORKERS]:
             works(weights, m, tile, transposed=transposed)
         return 0
     prepare(sys.argv[1:] if argv is None else list(argv))

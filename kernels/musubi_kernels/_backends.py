@@ -52,7 +52,9 @@ def missing(backend: Backend) -> str | None:
 
         return _triton.missing()
     if backend == "cuda":
-        return "this version has no CUDA C++ bodies"
+        from musubi_kernels import _cuda
+
+        return _cuda.missing()
     return None
 
 
@@ -70,4 +72,8 @@ def _describe(name: Backend) -> str:
         module, _ = load_native()
         if module is not None:
             return f"available: this processor can run {', '.join(module.isas())}"
+    if name == "cuda":
+        from musubi_kernels import _cuda
+
+        return f"available: built for {_cuda.targets()}, newer devices run its PTX"
     return "available: torch operations in row chunks, any device" if name == "reference" else "available"
