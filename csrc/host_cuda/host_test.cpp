@@ -354,6 +354,7 @@ const Named kFaults[] = {
     {"tile_short_buffer", host::Fault::tile_short_buffer},
     {"tile_swapped_fragment", host::Fault::tile_swapped_fragment},
     {"gradient_swapped_bytes", host::Fault::gradient_swapped_bytes},
+    {"tile_stored_too_soon", host::Fault::tile_stored_too_soon},
 };
 
 host::Order order_named(const std::string& name) {

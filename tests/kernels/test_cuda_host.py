@@ -42,6 +42,7 @@ FAULTS = [
     "tile_short_buffer",
     "tile_swapped_fragment",
     "gradient_swapped_bytes",
+    "tile_stored_too_soon",
 ]
 
 

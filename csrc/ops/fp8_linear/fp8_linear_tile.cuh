@@ -1,8 +1,10 @@
 // y = x W^T and dX = dY W by tiles: m16n8k16, a ring of asynchronous copies, codes decoded in registers.
 //
 // A block makes kRows x 128 outputs with 8 warps (2 by 4), 64 of the contraction per step. x goes to shared memory as
-// it is, W as codes. The order of K within a product is free as long as both sides agree: lane t of a quad takes
-// neighbours 4t .. 4t + 3, which are one word of codes and 8 bytes of x.
+// it is, W as codes. W is the left side (y^T = W x^T): then what a lane loads of x, 8 bytes, is a right operand as it
+// stands, and no register is moved. The order of the contraction within a product is free as long as both sides agree:
+// lane t of a quad takes neighbours 4t .. 4t + 3, which are one word of codes and 8 bytes of x. The order of outputs is
+// free too: rows g and g + 8 of a product are neighbours, so that a lane stores pairs.
 //
 // Forward: a row of W is one output, so sums over kSegment of K, which lie in one block, are multiplied by its scale in
 // float32 and no weight is rounded. They are so at the end of every segment, also where the block goes on: 64 products
@@ -19,22 +21,28 @@ namespace musubi::gpu {
 constexpr int kTileThreads = 256;
 constexpr int kOutputs = 128;  // per block
 constexpr int kDepth = 64;     // of the contraction, per step
-constexpr int kStages = 4;     // steps in the ring
 
 template <bool kTransposed, int kRows, int kSegment>
 struct TileShape {
-  static constexpr int kMTiles = kRows / 32;  // tiles of 16 rows per warp
+  static constexpr int kMTiles = kRows / 16;           // tiles of 8 rows of x per warp
+  static constexpr int kStages = kTransposed ? 3 : 4;  // steps in the ring
   static constexpr int kXBytes = kRows * kDepth * 2;
   static constexpr int kCodeBytes = kOutputs * kDepth;
   // forward: [segment][output] of a step; gradient: [group of 32 outputs][row of W]
   static constexpr int kScales = kTransposed ? kDepth * 4 : kOutputs * (kDepth / kSegment);
   static constexpr int kStageBytes = kXBytes + kCodeBytes + kScales * 4;
   static constexpr int kSharedBytes = kStages * kStageBytes;
+  static constexpr int kOutStride = kOutputs + 8;  // of the outputs on their way to memory, so that banks differ
+  static_assert(kSharedBytes <= 99 * 1024, "what a block may have on sm_86, sm_89 and sm_120");
+  static_assert(kRows * kOutStride * 2 <= kSharedBytes && (kRows + kOutputs) * kDepth * 2 <= kSharedBytes,
+                "the ring's");
 };
 
 // Where 16-byte chunks of a row lie, so that the loads of a warp meet every bank once.
 MUSUBI_DEVICE int x_place(int row, int chunk) { return row * 128 + 16 * (chunk ^ ((row & 3) << 1)); }
-MUSUBI_DEVICE int forward_place(int row, int chunk) { return row * 64 + 16 * (chunk ^ ((row >> 1) & 3)); }
+MUSUBI_DEVICE int forward_place(int row, int chunk) {  // a load takes every other row, two rows share 128 bytes
+  return row / 2 * 128 + 16 * ((row % 2 * 4 + chunk) ^ (row / 2 % 8));
+}
 MUSUBI_DEVICE int gradient_place(int row, int chunk) {
   return row * 128 + 16 * (chunk ^ ((row & 1) | ((row >> 1) & 6)));
 }
@@ -92,6 +100,7 @@ class Tile {
  public:
   using Shape = TileShape<kTransposed, kRows, kSegment>;
   static constexpr int kMTiles = Shape::kMTiles;
+  static constexpr int kStages = Shape::kStages;
   static constexpr int kCodesPerRow = kTransposed ? 8 : 4;  // chunks
 
   MUSUBI_DEVICE Tile(const LinearTask& task, unsigned char* shared, bool aligned_x, bool aligned_w)
@@ -107,12 +116,12 @@ class Tile {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     g_ = lane / 4, t_ = lane % 4;
     warp_row_ = warp / 4 * (kRows / 2), warp_col_ = warp % 4 * 32;
-    left_at_ = x_place(warp_row_ + g_, t_ / 2) + 8 * (t_ % 2);
+    right_at_ = x_place(warp_row_ + g_, t_ / 2) + 8 * (t_ % 2);
     if (kTransposed) {
       const int matrix = lane / 8, r = lane % 8, row = r / 2 * 4 + r % 2 + matrix % 2 * 2;
       words_at_ = gradient_place(row, warp_col_ / 16 + matrix / 2);
     } else {
-      words_at_ = forward_place(warp_col_ + lane, 0);
+      words_at_ = forward_place(warp_col_ + lane / 16 * 16 + lane % 8 * 2 + lane / 8 % 2, 0);
     }
   }
 
@@ -127,7 +136,7 @@ class Tile {
         if (!MUSUBI_FAULT(tile_without_barrier)) barrier();
       }
       fetch_step(step + kStages - 1, steps);
-      if (step >= 0) multiply(static_cast<int>(step % kStages));
+      if (step >= 0) multiply(static_cast<int>(step) % kStages);
     }
     if (task_.low.data != nullptr) add_low_rank();
     store();
@@ -139,7 +148,7 @@ class Tile {
   // A group is committed for every step, also an empty one, so that the waits count alike.
   MUSUBI_DEVICE void fetch_step(int64_t step, int64_t steps) {
     if (step < steps) {
-      unsigned char* const to = stage(static_cast<int>(step % kStages));
+      unsigned char* const to = stage(static_cast<int>(step) % kStages);
       const int64_t depth = step * kDepth;
       const int64_t left = contraction_ - depth, chunk = thread_index() % kCodesPerRow * 16;
       x_.step(to, depth * 2, task_.x.rows - row0_, (left - thread_index() % 8 * 8) * 2, x_place);
@@ -171,18 +180,15 @@ class Tile {
     }
   }
 
-  // Left operands: x of 16 of the contraction, for every tile of rows.
-  MUSUBI_DEVICE void load_left(const unsigned char* x, int j, uint32_t (&a)[kMTiles][4]) const {
-    const unsigned char* const from = x + (left_at_ ^ (32 * j));
+  // Right operands: x of 16 of the contraction, for every tile of rows.
+  MUSUBI_DEVICE void load_right(const unsigned char* x, int j, uint2 (&b)[kMTiles]) const {
+    const unsigned char* const from = x + (right_at_ ^ (32 * j));
 #pragma unroll
-    for (int m = 0; m < kMTiles; ++m) {
-      const uint2 upper = *reinterpret_cast<const uint2*>(from + m * 16 * 128);
-      const uint2 lower = *reinterpret_cast<const uint2*>(from + (m * 16 + 8) * 128);
-      a[m][0] = upper.x, a[m][1] = lower.x, a[m][2] = upper.y, a[m][3] = lower.y;
-    }
+    for (int m = 0; m < kMTiles; ++m) b[m] = *reinterpret_cast<const uint2*>(from + m * 8 * 128);
   }
 
-  // Four words of codes, one for each tile of 8 outputs: the lane's output and neighbours 4t .. 4t + 3 of product j.
+  // Four words of codes, neighbours 4t .. 4t + 3 of product j: of rows g and g + 8 of the first 16 outputs, then of the
+  // second.
   MUSUBI_DEVICE void load_words(const unsigned char* codes, int j, uint32_t (&words)[4]) const {
     if (!kTransposed) {
       load_matrices(words, codes + (words_at_ ^ (16 * j)));
@@ -197,6 +203,18 @@ class Tile {
     words[3] = permute(raw[2], raw[3], 0x7531);
   }
 
+  // sums += w x^T for the 32 outputs of the warp; w: the pairs of its four words.
+  MUSUBI_DEVICE void add_products(float (&sums)[2][kMTiles][4], const uint32_t (&w)[4][2],
+                                  const uint2 (&b)[kMTiles]) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int upper = MUSUBI_FAULT(tile_swapped_fragment) ? 1 : 0;
+      const uint32_t a[4] = {w[2 * i][upper], w[2 * i + 1][upper], w[2 * i][1 - upper], w[2 * i + 1][1 - upper]};
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) T::multiply_add(sums[i][m], a, b[m].x, b[m].y);
+    }
+  }
+
   MUSUBI_DEVICE void multiply(int s) {
     const unsigned char* const x = stage(s);
     const unsigned char* const codes = x + Shape::kXBytes;
@@ -207,31 +225,26 @@ class Tile {
     }
 #pragma unroll
     for (int segment = 0; segment < kDepth / kSegment; ++segment) {
-      float part[kMTiles][4][4] = {};
+      float part[2][kMTiles][4] = {};
 #pragma unroll
       for (int p = 0; p < kSegment / 16; ++p) {
         const int j = segment * (kSegment / 16) + p;
-        uint32_t a[kMTiles][4], words[4];
-        load_left(x, j, a);
+        uint32_t words[4], w[4][2];
+        uint2 b[kMTiles];
         load_words(codes, j, words);
-        uint32_t b[4][2];
-        decode<T, kFormat>(words, b);
-        const int upper = MUSUBI_FAULT(tile_swapped_fragment) ? 1 : 0;
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-#pragma unroll
-          for (int m = 0; m < kMTiles; ++m) T::multiply_add(part[m][n], a[m], b[n][upper], b[n][1 - upper]);
-        }
+        load_right(x, j, b);
+        decode<T, kFormat>(words, w);
+        add_products(part, w, b);
       }
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const float2 scale = *reinterpret_cast<const float2*>(scales + segment * kOutputs + warp_col_ + n * 8 + 2 * t_);
+      for (int i = 0; i < 2; ++i) {
+        const float2 scale = *reinterpret_cast<const float2*>(scales + segment * kOutputs + column(i));
 #pragma unroll
         for (int m = 0; m < kMTiles; ++m) {
-          sums_[m][n][0] += scale.x * part[m][n][0];
-          sums_[m][n][1] += scale.y * part[m][n][1];
-          sums_[m][n][2] += scale.x * part[m][n][2];
-          sums_[m][n][3] += scale.y * part[m][n][3];
+          sums_[i][m][0] += scale.x * part[i][m][0];
+          sums_[i][m][1] += scale.x * part[i][m][1];
+          sums_[i][m][2] += scale.y * part[i][m][2];
+          sums_[i][m][3] += scale.y * part[i][m][3];
         }
       }
     }
@@ -241,26 +254,24 @@ class Tile {
   MUSUBI_DEVICE void multiply_scaled(const unsigned char* x, const unsigned char* codes, const float* scales) {
 #pragma unroll
     for (int j = 0; j < kDepth / 16; ++j) {
-      uint32_t a[kMTiles][4], words[4];
-      load_left(x, j, a);
+      uint32_t words[4], scaled[4][2];
+      uint2 b[kMTiles];
       load_words(codes, j, words);
+      load_right(x, j, b);
       const float4 factor = *reinterpret_cast<const float4*>(scales + 16 * j + 4 * t_);
       float w[4][4];
       decode_floats<kFormat>(words, w);
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const uint32_t b0 = T::pack(w[n][0] * factor.x, w[n][1] * factor.y);
-        const uint32_t b1 = T::pack(w[n][2] * factor.z, w[n][3] * factor.w);
-#pragma unroll
-        for (int m = 0; m < kMTiles; ++m) T::multiply_add(sums_[m][n], a[m], b0, b1);
+        scaled[n][0] = T::pack(w[n][0] * factor.x, w[n][1] * factor.y);
+        scaled[n][1] = T::pack(w[n][2] * factor.z, w[n][3] * factor.w);
       }
+      add_products(sums_, scaled, b);
     }
   }
 
-  // The output that a lane's fragment calls column `i` (0 .. 7) of tile n.
-  MUSUBI_DEVICE int column(int n, int i) const {
-    return warp_col_ + (kTransposed ? n / 2 * 16 + 2 * i + n % 2 : n * 8 + i);
-  }
+  // The first of the two neighbouring outputs that a lane holds of tile i, within the block.
+  MUSUBI_DEVICE int column(int i) const { return warp_col_ + 16 * i + 2 * g_; }
 
   // sums += strength * low tail, 64 of the rank at a time, through shared memory that the ring no longer needs.
   MUSUBI_DEVICE void add_low_rank() {
@@ -291,63 +302,68 @@ class Tile {
           task_.low.cols - r0 < kDepth ? static_cast<int>((task_.low.cols - r0 + 15) / 16) : kDepth / 16;
 #pragma unroll 1
       for (int j = 0; j < products; ++j) {
-        uint32_t a[kMTiles][4];
-        load_left(low, j, a);
+        float product[2][kMTiles][4] = {};
+        uint2 b[kMTiles];
+        uint32_t w[4][2];
+        load_right(low, j, b);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
-          const int place = x_place(column(n, g_), 2 * j + t_ / 2) + 8 * (t_ % 2);
-          const uint2 b = *reinterpret_cast<const uint2*>(tail + place);
+          const int place = x_place(column(n / 2) + n % 2, 2 * j + t_ / 2) + 8 * (t_ % 2);
+          const uint2 pairs = *reinterpret_cast<const uint2*>(tail + place);
+          w[n][0] = pairs.x, w[n][1] = pairs.y;
+        }
+        add_products(product, w, b);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
 #pragma unroll
           for (int m = 0; m < kMTiles; ++m) {
-            float product[4] = {};
-            T::multiply_add(product, a[m], b.x, b.y);
-            for (int c = 0; c < 4; ++c) sums_[m][n][c] += task_.strength * product[c];
+#pragma unroll
+            for (int c = 0; c < 4; ++c) sums_[i][m][c] += task_.strength * product[i][m][c];
           }
         }
       }
     }
   }
 
-  // Neighbouring outputs of a lane are stored together where rows begin at a multiple of them.
-  MUSUBI_DEVICE void store() const {
-    constexpr int kTogether = kTransposed ? 4 : 2;
-    const bool whole = outputs_ % kTogether == 0 && reinterpret_cast<uintptr_t>(task_.out) % (2 * kTogether) == 0;
-    uint16_t* const out = static_cast<uint16_t*>(task_.out);
+  // Through shared memory, so that rows go out in pieces of 16 bytes.
+  MUSUBI_DEVICE void store() {
+    copy_wait<0>();
+    barrier();
+    uint16_t* const held = reinterpret_cast<uint16_t*>(shared_);
 #pragma unroll
-    for (int n = 0; n < 4; n += kTransposed ? 2 : 1) {
-      const int64_t o = col0_ + column(n, 2 * t_);
-      float bias[kTogether];
+    for (int i = 0; i < 2; ++i) {
+      float bias[2];
 #pragma unroll
-      for (int i = 0; i < kTogether; ++i) {
-        const bool real = task_.bias.data != nullptr && o + i < outputs_;
-        bias[i] = real ? load_as_float(task_.bias.data, task_.bias.dtype, o + i) : 0.0f;
+      for (int h = 0; h < 2; ++h) {
+        const int64_t o = col0_ + column(i) + h;
+        const bool real = task_.bias.data != nullptr && o < outputs_;
+        bias[h] = real ? load_as_float(task_.bias.data, task_.bias.dtype, o) : 0.0f;
       }
 #pragma unroll
       for (int m = 0; m < kMTiles; ++m) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int64_t r = row0_ + warp_row_ + m * 16 + g_ + half * 8;
-          if (r >= task_.x.rows || o >= outputs_) continue;
-          uint32_t pairs[2];
-          if (kTransposed) {  // columns alternate between two tiles
-            pairs[0] = T::pack(sums_[m][n][2 * half] + bias[0], sums_[m][n + 1][2 * half] + bias[1]);
-            pairs[1] = T::pack(sums_[m][n][2 * half + 1] + bias[2 % kTogether],
-                               sums_[m][n + 1][2 * half + 1] + bias[3 % kTogether]);
-          } else {
-            pairs[0] = T::pack(sums_[m][n][2 * half] + bias[0], sums_[m][n][2 * half + 1] + bias[1]);
-          }
-          uint16_t* const to = out + r * outputs_ + o;
-          if (whole && kTransposed) {
-            *reinterpret_cast<uint2*>(to) = make_uint2(pairs[0], pairs[1]);
-          } else if (whole) {
-            *reinterpret_cast<uint32_t*>(to) = pairs[0];
-          } else {
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-              if (o + i < outputs_) to[i] = static_cast<uint16_t>(pairs[i / 2] >> (16 * (i % 2)));
-            }
-          }
+        for (int r = 0; r < 2; ++r) {
+          const int row = warp_row_ + m * 8 + 2 * t_ + r;
+          *reinterpret_cast<uint32_t*>(held + row * Shape::kOutStride + column(i)) =
+              T::pack(sums_[i][m][r] + bias[0], sums_[i][m][2 + r] + bias[1]);
         }
+      }
+    }
+    if (!MUSUBI_FAULT(tile_stored_too_soon)) barrier();
+    uint16_t* const out = static_cast<uint16_t*>(task_.out);
+    const bool whole = outputs_ % 8 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
+#pragma unroll 1
+    for (int v = thread_index(); v < kRows * kOutputs / 8; v += kTileThreads) {
+      const int row = v / (kOutputs / 8), col = v % (kOutputs / 8) * 8;
+      const int64_t r = row0_ + row, o = col0_ + col;
+      if (r >= task_.x.rows || o >= outputs_) continue;
+      const uint16_t* const from = held + row * Shape::kOutStride + col;
+      uint16_t* const to = out + r * outputs_ + o;
+      if (whole) {
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+      } else {
+#pragma unroll 1
+        for (int e = 0; e < 8 && o + e < outputs_; ++e) to[e] = from[e];
       }
     }
   }
@@ -357,9 +373,10 @@ class Tile {
   const int64_t row0_, col0_, contraction_, outputs_;
   const Fetch<kRows * 8 / kTileThreads, 8> x_;
   const Fetch<2, kCodesPerRow> codes_;
-  int g_, t_, warp_row_, warp_col_, left_at_, words_at_;
+  int g_, t_, warp_row_, warp_col_, right_at_, words_at_;
   uint32_t scale_ = 0;
-  float sums_[kMTiles][4][4] = {};
+  // [16 outputs][8 rows of x]: rows 2t and 2t + 1 of the first output, then of the second
+  float sums_[2][kMTiles][4] = {};
 };
 
 template <class T, Format kFormat, bool kTransposed, int kRows, int kSegment>
