@@ -28,9 +28,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import gpu_contestants as contestants
 import gpu_report as report
-import torch
 from gpu_clock import Clock, DeviceClock, NoClock
 
 SHAPES = {

@@ -23,13 +23,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import gpu_report as report
 import torch
 import torch.nn.functional as F
-from gpu_clock import elapsed
-from gpu_contestants import undo
 from torch import Tensor, nn
 
+import gpu_report as report
+from gpu_clock import elapsed
+from gpu_contestants import undo
 from musubi_kernels import quantize_fp8
 from musubi_tuner.adapters.attach import attach, parse_network_args
 from musubi_tuner.families.wan.model import WanConfig, WanModel

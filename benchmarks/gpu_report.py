@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+
 from gpu_clock import Ceilings, Figure
 
 
@@ -132,7 +133,8 @@ def _chart(rows: Sequence[Row], title: str, file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    products = [what for what in ("forward", "dx", "step", "dynamic") if any(row.what == what for row in rows)]
+    drawn = [row for row in rows if row.m and row.ratio("plain bf16")]
+    products = [what for what in ("forward", "dx", "step", "dynamic") if any(row.what == what for row in drawn)]
     figure, panes = plt.subplots(1, max(1, len(products)), figsize=(5 * max(1, len(products)), 4), squeeze=False)
     for what, axes in zip(products, panes[0], strict=False):
         for shape in sorted({(row.n, row.k) for row in rows if row.what == what}):
@@ -143,7 +145,8 @@ def _chart(rows: Sequence[Row], title: str, file: Path) -> None:
             )
         axes.axhline(1.0, color="grey", linewidth=0.8)
         axes.set(xscale="log", xlabel="rows of x (M)", title=what, ylabel="speed relative to plain bf16")
-    panes[0][0].legend(fontsize=6)
+    if products:
+        panes[0][0].legend(fontsize=6)
     figure.suptitle(title, fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=120)

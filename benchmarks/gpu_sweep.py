@@ -18,11 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import gpu_report as report
 import torch
+
+import gpu_report as report
 from gpu_clock import Contestant, DeviceClock
 from gpu_contestants import Weights
-
 from musubi_kernels._triton import Tile
 from musubi_kernels.ops.fp8_linear.triton import Product, fused
 

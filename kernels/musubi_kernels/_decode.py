@@ -31,10 +31,49 @@ def decode_exact(codes, E5M2: tl.constexpr):
 @triton.jit
 def spread(factors, ROWS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
     """[ROWS, GROUPS] to [ROWS, COLUMNS]: each factor stands for COLUMNS / GROUPS neighbours."""
+    if GROUPS == COLUMNS:
+        return factors
     if GROUPS == 1:
         return tl.broadcast_to(factors, [ROWS, COLUMNS])
     wide = tl.broadcast_to(factors[:, :, None], [ROWS, GROUPS, COLUMNS // GROUPS])
     return wide.reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def twice(value):
+    """float16 or bfloat16 values, each twice in a 32-bit register."""
+    bits = value.to(tl.uint16, bitcast=True).to(tl.uint32)
+    return bits | (bits << 16)
+
+
+@triton.jit
+def decode_words(words, scale, KIND: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.constexpr, BEFORE: tl.constexpr):
+    """words [ROWS, W] of four codes times scale [ROWS, GROUPS], as KIND [ROWS, 4 W], rounded once."""
+    ROWS: tl.constexpr = words.shape[0]
+    WIDE: tl.constexpr = words.shape[1]
+    wide = scale.to(tl.float32) * BEFORE
+    high = wide.to(KIND)
+    pair = spread(twice(high), ROWS, scale.shape[1], WIDE)
+    if SPLIT:
+        rest = spread(twice((wide - high.to(tl.float32)).to(KIND)), ROWS, scale.shape[1], WIDE)
+        a, b, c, d = tl.inline_asm_elementwise(
+            ASM,
+            "=h,=h,=h,=h,r,r,r",
+            [words, pair, rest],
+            dtype=(high.dtype, high.dtype, high.dtype, high.dtype),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            ASM,
+            "=h,=h,=h,=h,r,r",
+            [words, pair],
+            dtype=(high.dtype, high.dtype, high.dtype, high.dtype),
+            is_pure=True,
+            pack=1,
+        )
+    return tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, 4 * WIDE)
 
 
 @triton.jit
@@ -47,14 +86,15 @@ def decode_scaled(
     SPLIT: tl.constexpr,
     BEFORE: tl.constexpr,
 ):
-    """codes * scale, both [ROWS, COLUMNS], as KIND (float16 or bfloat16), rounded once.
+    """codes [ROWS, COLUMNS] times scale [ROWS, GROUPS], as KIND (float16 or bfloat16), rounded once.
 
     ASM gives code * second operand; BEFORE is the power of two that this operand carries (the kernel takes it out of
     its accumulator). SPLIT: the scale has more bits than KIND, so it goes in as the sum of two.
     """
+    factor = spread(scale, codes.shape[0], scale.shape[1], codes.shape[1])
     if ASM == "":
-        return (decode_exact(codes, E5M2) * scale.to(tl.float32)).to(KIND)
-    wide = scale.to(tl.float32) * BEFORE
+        return (decode_exact(codes, E5M2) * factor.to(tl.float32)).to(KIND)
+    wide = factor.to(tl.float32) * BEFORE
     high = wide.to(KIND)
     if SPLIT:
         low = (wide - high.to(tl.float32)).to(KIND)

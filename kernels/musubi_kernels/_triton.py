@@ -32,9 +32,15 @@ def interpreting() -> bool:
 
 def missing() -> str | None:
     """Why no Triton kernel can run here, or None."""
+    return _missing(interpreting())
+
+
+@functools.cache
+def _missing(interpreted: bool) -> str | None:
+    """Asked by every call of an op: looking for a package takes 150 µs, as long as the rest of the call."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if not interpreting() and not torch.cuda.is_available():
+    if not interpreted and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None
 
@@ -75,7 +81,11 @@ def matrix(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Tile:
-    """One configuration of a product kernel: tile of the result, step of the contraction, and how it is launched."""
+    """One configuration of a product kernel: tile of the result, step of the contraction, and how it is launched.
+
+    `swap` computes W x^T; `after` applies a block's scale to its sums rather than to its weights: exact, and cheap where
+    the tile is short.
+    """
 
     bm: int
     bn: int
@@ -84,12 +94,13 @@ class Tile:
     stages: int
     group: int = 8
     swap: bool = False
+    after: bool = False
     why: str = ""
 
     @property
     def name(self) -> str:
         """For reports: 128x128x64-w8s3."""
-        return f"{self.bm}x{self.bn}x{self.bk}-w{self.warps}s{self.stages}{'-swap' if self.swap else ''}"
+        return f"{self.bm}x{self.bn}x{self.bk}-w{self.warps}s{self.stages}{'-swap' if self.swap else ''}{'-after' if self.after else ''}"
 
 
 @dataclass(frozen=True)
@@ -151,16 +162,19 @@ def scales_of(q: torch.Tensor, scale: torch.Tensor) -> Scales:
     return Scales(scale, scale.stride(0) if scale.ndim >= 2 else 0, 0, k)
 
 
-def step_of(block: int, step: int, length: int) -> tuple[str, int]:
-    """(`step` or `each`, scales per step) of a kernel that goes along `length` weights in steps of `step`.
+def step_of(scales: Scales, step: int, length: int, *, otherwise: str) -> tuple[str, int, int]:
+    """(how, block, scales per step) of a kernel that goes along `length` weights of a row in steps of `step`.
 
-    `step` needs steps that hold whole blocks, or blocks that hold whole steps.
+    `step` needs steps that hold whole blocks, or blocks that hold whole steps; `each` looks a scale up per weight;
+    `otherwise` is the kernel's way with scales that do not change along a row.
     """
-    if block % step == 0:
-        return "step", 1
-    if step % block == 0 and length % step == 0 and block & (block - 1) == 0:
-        return "step", step // block
-    return "each", 1
+    if scales.layout != "block":
+        return otherwise, 1 << 30, 1
+    if scales.block % step == 0:
+        return "step", scales.block, 1
+    if step % scales.block == 0 and length % step == 0 and scales.block & (scales.block - 1) == 0:
+        return "step", scales.block, step // scales.block
+    return "each", scales.block, 1
 
 
 def needs_split(kind: str, scale: torch.dtype) -> bool:
@@ -173,8 +187,12 @@ def decoder_for(target: int, fmt: str, kind: str, *, scaled: bool, split: bool) 
     """The decoder that kernels use on compute capability `target` (0: the interpreter)."""
     if target == 0:
         return PLAIN
-    convert = target >= 90 or (target == 89 and kind == "fp16")
-    return decoder(fmt, kind, "convert" if convert else "bits", scaled=scaled, split=split)
+    way = "bits"
+    if kind == "fp16" and target >= 89:
+        way = "convert"
+    elif target >= 100:
+        way = "direct"
+    return decoder(fmt, kind, way, scaled=scaled, split=split)
 
 
 def on_device(tensor: torch.Tensor) -> Any:

@@ -53,3 +53,20 @@ def test_nothing_is_copied_where_panels_meet() -> None:
     torch.mm(torch.ones(3, 2), torch.ones(2, 5), out=whole[:, 5:])
     assert torch.equal(whole[:, 5:], torch.full((3, 5), 2.0))
     assert whole[:, :5].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.998, 0.53, 0.02])
+def test_one_scale_for_all_weights_costs_one_more_rounding_and_no_bias(dtype: torch.dtype, factor: float) -> None:
+    """Two roundings of the result, each of its own: below 1.5 times one of them, whatever the scale's digits."""
+    make = torch.Generator().manual_seed(0)
+    w = torch.randn(300, 768, generator=make) * factor
+    q, scale = quantize_fp8(w, mode="tensor", scale_dtype=torch.float32)
+    x, grad = torch.randn(40, 768, generator=make).to(dtype), torch.randn(40, 300, generator=make).to(dtype)
+    codes, wide = q.view(torch.uint8), decoded(q, scale)
+    pairs = [
+        (_panel.product(x, codes, scale, None, dequantizer([])), x.double() @ wide.T),
+        (_panel.input_gradient(grad, codes, scale, dequantizer([])), grad.double() @ wide),
+    ]
+    for ours, exact in pairs:
+        assert relative(ours, exact) <= 1.5 * relative(exact.to(dtype), exact)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from musubi_kernels._decode import decode_scaled, spread
+from musubi_kernels._decode import decode_scaled, decode_words, spread
 
 
 @triton.jit
@@ -70,7 +70,6 @@ def _fp8_linear_fwd_kernel(
     M,
     N,
     K,
-    block,
     rank,
     strength,
     x_stride,
@@ -81,11 +80,13 @@ def _fp8_linear_fwd_kernel(
     up_stride,
     y_stride,
     E5M2: tl.constexpr,
+    WORDS: tl.constexpr,
     ASM: tl.constexpr,
     SPLIT: tl.constexpr,
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
     SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -100,51 +101,68 @@ def _fp8_linear_fwd_kernel(
     """y [M, N] = x [M, K] @ (q * scale)^T + bias + low @ (strength * up)^T.
 
     SCALES: `row` multiplies the accumulator once at the end (channel and tensor layouts); `step` has GROUPS whole
-    scales in a K step, or one scale for several steps; `each` looks one up per weight (block sizes that fit neither).
-    EVEN: BK divides K. SWAP computes the tile as W x^T, for processors whose left operand may stay in registers.
+    scales in a K step, or one scale for several steps; `after` has one, for the step's sums; `each` looks one up per weight (block sizes that fit neither).
+    EVEN: BK divides K. WORDS: q is given as 32-bit words of four codes, and its stride in words. SWAP computes the tile
+    as W x^T, for processors whose left operand may stay in registers or tensor memory.
     """
     KIND: tl.constexpr = x.dtype.element_ty
     tile_m, tile_n = place(tl.program_id(0), M, N, BM, BN, GROUP)
     rows = tile_m * BM + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
     inner = tl.arange(0, BK)
-    # rows past the end read row 0 again: no mask in the loop, and their results are never stored
-    safe_m = tl.where(rows < M, rows, 0).to(tl.int64)
-    safe_n = tl.where(columns < N, columns, 0).to(tl.int64)
-    x_at = x + safe_m[:, None] * x_stride + inner[None, :]
-    q_at = q + safe_n[:, None] * q_stride + inner[None, :]
+    # rows past the end read the tile's first row again: no mask in the loop, and their results are never stored. The
+    # tile's base is int64; within a tile 32 bits are enough, and half the address arithmetic
+    near_m = tl.where(rows < M, rows - tile_m * BM, 0)
+    near_n = tl.where(columns < N, columns - tile_n * BN, 0)
+    x_base = x + (tile_m * BM).to(tl.int64) * x_stride
+    q_base = q + (tile_n * BN).to(tl.int64) * q_stride
+    x_in = near_m[:, None] * x_stride + inner[None, :]
+    q_in = near_n[:, None] * q_stride + tl.arange(0, BK // 4 if WORDS else BK)[None, :]
+    safe_n = (tile_n * BN).to(tl.int64) + near_n
     s_row = scale + safe_n * scale_row
     groups = tl.arange(0, GROUPS)
     acc = tl.zeros([BN, BM] if SWAP else [BM, BN], dtype=tl.float32)
-    if SCALES == "step":
+    if SCALES == "step" or SCALES == "after":
         # a scale is read one step ahead: its load is too narrow for the asynchronous copies that hide the others
         s_at = s_row[:, None] + groups[None, :] * scale_block
         s = tl.load(s_at)
     for k in range(0, K, BK):
         if EVEN:
-            a = tl.load(x_at)
-            codes = tl.load(q_at)
+            a = tl.load(x_base + x_in)
+            codes = tl.load(q_base + q_in)
         else:
             inside = (k + inner < K)[None, :]
-            a = tl.load(x_at, mask=inside, other=0.0)
-            codes = tl.load(q_at, mask=inside, other=0)
-        if SCALES == "row":
-            factor = tl.full([BN, BK], 1.0, tl.float32)
+            a = tl.load(x_base + x_in, mask=inside, other=0.0)
+            codes = tl.load(q_base + q_in, mask=inside, other=0)
+        if SCALES == "row" or SCALES == "after":
+            factor = tl.full([BN, 1], 1.0, tl.float32)
         elif SCALES == "each":
-            at = s_row[:, None] + ((k + inner) // block)[None, :] * scale_block
+            at = s_row[:, None] + ((k + inner) // BLOCK)[None, :] * scale_block
             factor = tl.load(at, mask=(k + inner < K)[None, :], other=0.0)
         else:
-            factor = spread(s, BN, GROUPS, BK)
-        w = decode_scaled(codes, factor, KIND, E5M2, ASM, SPLIT and SCALES != "row", BEFORE)
-        if SWAP:
+            factor = s
+        if WORDS:
+            w = decode_words(codes, factor, KIND, ASM, SPLIT, BEFORE)
+        else:
+            w = decode_scaled(codes, factor, KIND, E5M2, ASM, SPLIT, BEFORE)
+        if SCALES == "after":
+            if SWAP:
+                acc += tl.dot(w, a.T) * s.to(tl.float32)
+            else:
+                acc += tl.dot(a, w.T) * s.to(tl.float32).T
+        elif SWAP:
             acc = tl.dot(w, a.T, acc)
         else:
             acc = tl.dot(a, w.T, acc)
-        if SCALES == "step":
-            following = min(k + BK, K - BK) // block
-            s = tl.load(s_at + following * scale_block)
-        x_at += BK
-        q_at += BK
+        if SCALES == "step" or SCALES == "after":
+            later = (k + BK + groups * 0 < K)[None, :]
+            if BLOCK <= BK:
+                s_at += GROUPS * scale_block
+                s = tl.load(s_at, mask=later, other=0.0)
+            else:
+                s = tl.load(s_at + (k + BK) // BLOCK * scale_block, mask=later, other=0.0)
+        x_base += BK
+        q_base += BK // 4 if WORDS else BK
     if SWAP:
         acc = acc.T
     if AFTER != 1.0:
@@ -170,7 +188,6 @@ def _fp8_linear_dx_kernel(
     M,
     N,
     K,
-    block,
     rank,
     strength,
     grad_stride,
@@ -181,11 +198,13 @@ def _fp8_linear_dx_kernel(
     down_stride,
     dx_stride,
     E5M2: tl.constexpr,
+    WORDS: tl.constexpr,
     ASM: tl.constexpr,
     SPLIT: tl.constexpr,
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
     SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_LOW: tl.constexpr,
@@ -199,7 +218,7 @@ def _fp8_linear_dx_kernel(
 
     SCALES: `one` for a single scale, applied at the end; `step` for GROUPS scales per row of W in a tile's columns
     (one where the layout is by channel: scale_block is then 0); `each` for one look-up per weight. EVEN: BN divides K
-    and BK divides N.
+    and BK divides N. WORDS: q is given as 32-bit words of four codes, and its stride in words.
     """
     KIND: tl.constexpr = grad.dtype.element_ty
     tile_m, tile_k = place(tl.program_id(0), M, K, BM, BN, GROUP)
@@ -208,11 +227,12 @@ def _fp8_linear_dx_kernel(
     inner = tl.arange(0, BK)
     safe_m = tl.where(rows < M, rows, 0).to(tl.int64)
     g_at = grad + safe_m[:, None] * grad_stride + inner[None, :]
-    q_at = q + inner.to(tl.int64)[:, None] * q_stride + columns[None, :]
+    across = tile_k * (BN // 4) + tl.arange(0, BN // 4) if WORDS else columns
+    q_at = q + inner.to(tl.int64)[:, None] * q_stride + across[None, :]
     if SCALES == "step":
-        groups = tile_k * BN // block + tl.arange(0, GROUPS)
+        groups = tile_k * BN // BLOCK + tl.arange(0, GROUPS)
         s_at = scale + inner.to(tl.int64)[:, None] * scale_row + groups[None, :] * scale_block
-        s = tl.load(s_at, mask=(inner < N)[:, None] & (groups * block < K)[None, :], other=0.0)
+        s = tl.load(s_at, mask=(inner < N)[:, None] & (groups * BLOCK < K)[None, :], other=0.0)
     acc = tl.zeros([BM, BN], dtype=tl.float32)
     for n in range(0, N, BK):
         if EVEN:
@@ -223,19 +243,20 @@ def _fp8_linear_dx_kernel(
             g = tl.load(g_at, mask=inside[None, :], other=0.0)
             codes = tl.load(q_at, mask=inside[:, None] & (columns < K)[None, :], other=0)
         if SCALES == "one":
-            factor = tl.full([BK, BN], 1.0, tl.float32)
+            s = tl.full([BK, 1], 1.0, tl.float32)
         elif SCALES == "each":
-            at = scale + (n + inner).to(tl.int64)[:, None] * scale_row + (columns // block)[None, :] * scale_block
-            factor = tl.load(at, mask=(n + inner < N)[:, None] & (columns < K)[None, :], other=0.0)
+            at = scale + (n + inner).to(tl.int64)[:, None] * scale_row + (columns // BLOCK)[None, :] * scale_block
+            s = tl.load(at, mask=(n + inner < N)[:, None] & (columns < K)[None, :], other=0.0)
+        if WORDS:
+            w = decode_words(codes, s, KIND, ASM, SPLIT, BEFORE)
         else:
-            factor = spread(s, BK, GROUPS, BN)
-        w = decode_scaled(codes, factor, KIND, E5M2, ASM, SPLIT and SCALES != "one", BEFORE)
+            w = decode_scaled(codes, s, KIND, E5M2, ASM, SPLIT, BEFORE)
         acc = tl.dot(g, w, acc)
         g_at += BK
         q_at += BK * q_stride
         if SCALES == "step":
             s_at += BK * scale_row
-            later = (n + BK + inner < N)[:, None] & (groups * block < K)[None, :]
+            later = (n + BK + inner < N)[:, None] & (groups * BLOCK < K)[None, :]
             s = tl.load(s_at, mask=later, other=0.0)
     if AFTER != 1.0:
         acc *= AFTER
@@ -256,7 +277,6 @@ def _fp8_linear_rows_kernel(
     y,
     N,
     K,
-    block,
     x_stride,
     q_stride,
     scale_row,
@@ -266,6 +286,7 @@ def _fp8_linear_rows_kernel(
     ASM: tl.constexpr,
     BEFORE: tl.constexpr,
     SCALES: tl.constexpr,
+    BLOCK: tl.constexpr,
     GROUPS: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -292,13 +313,13 @@ def _fp8_linear_rows_kernel(
         else:
             a = tl.load(x_at, mask=k + inner < K, other=0.0)
             codes = tl.load(q_at, mask=(k + inner < K)[None, :], other=0)
-        one = tl.full([BN, BK], 1.0, tl.float32)
+        one = tl.full([BN, 1], 1.0, tl.float32)
         w = decode_scaled(codes, one, tl.float16, E5M2, ASM, False, BEFORE).to(tl.float32)
         if SCALES == "step":
-            s = tl.load(s_row[:, None] + (k // block + groups)[None, :] * scale_block).to(tl.float32)
+            s = tl.load(s_row[:, None] + (k // BLOCK + groups)[None, :] * scale_block).to(tl.float32)
             w *= spread(s, BN, GROUPS, BK)
         elif SCALES == "each":
-            at = s_row[:, None] + ((k + inner) // block)[None, :] * scale_block
+            at = s_row[:, None] + ((k + inner) // BLOCK)[None, :] * scale_block
             w *= tl.load(at, mask=(k + inner < K)[None, :], other=0.0).to(tl.float32)
         acc += w * a.to(tl.float32)[None, :]
         x_at += BK

@@ -159,12 +159,20 @@ def _launch_forward(call: Product, tile: Tile, target: int, y: torch.Tensor) -> 
 
     (m, k), n = call.x.shape, call.q.shape[0]
     scales = _triton.scales_of(call.q, call.scale)
-    how, groups = _triton.step_of(scales.block, tile.bk, k) if scales.layout == "block" else ("row", 1)
+    how, block, groups = _triton.step_of(scales, tile.bk, k, otherwise="row")
+    if tile.after and how == "step" and groups == 1:
+        how = "after"
     rank, low, tail = _low_rank(call)
-    case = Case(call.fmt, call.kind, scales.tensor.dtype, how, groups, k % tile.bk == 0, call.bias is not None, rank)
+    even = k % tile.bk == 0
+    words = even and how != "each" and _words(call.q, block)
+    types = (call.fmt, call.kind, scales.tensor.dtype)
+    constants = forward_constants(
+        tile, target, Case(*types, how, block, groups, even, words, call.bias is not None, rank)
+    )
+    q = call.q.view(torch.int32) if constants["WORDS"] else call.q
     kernels._fp8_linear_fwd_kernel[(cdiv(m, tile.bm) * cdiv(n, tile.bn),)](
         call.x,
-        call.q,
+        q,
         scales.tensor,
         call.x if call.bias is None else call.bias,
         low,
@@ -173,17 +181,16 @@ def _launch_forward(call: Product, tile: Tile, target: int, y: torch.Tensor) -> 
         m,
         n,
         k,
-        scales.block,
         rank,
         call.strength,
         call.x.stride(0),
-        call.q.stride(0),
+        q.stride(0),
         scales.by_row,
         scales.by_block,
         low.stride(0),
         tail.stride(0),
         y.stride(0),
-        **forward_constants(tile, target, case),
+        **constants,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,
@@ -195,15 +202,17 @@ def _launch_dx(call: Product, tile: Tile, target: int, y: torch.Tensor) -> None:
 
     (m, n), k = call.x.shape, call.q.shape[1]
     scales = _triton.scales_of(call.q, call.scale)
-    how, groups = "one" if scales.layout == "tensor" else "step", 1
-    if scales.layout == "block":
-        how, groups = _triton.step_of(scales.block, tile.bn, k)
+    otherwise = "one" if scales.layout == "tensor" else "step"
+    how, block, groups = _triton.step_of(scales, tile.bn, k, otherwise=otherwise)
     rank, low, tail = _low_rank(call)
     even = k % tile.bn == 0 and n % tile.bk == 0
-    case = Case(call.fmt, call.kind, scales.tensor.dtype, how, groups, even, False, rank)
+    words = even and how != "each" and _words(call.q, block)
+    types = (call.fmt, call.kind, scales.tensor.dtype)
+    constants = dx_constants(tile, target, Case(*types, how, block, groups, even, words, False, rank))
+    q = call.q.view(torch.int32) if constants["WORDS"] else call.q
     kernels._fp8_linear_dx_kernel[(cdiv(m, tile.bm) * cdiv(k, tile.bn),)](
         call.x,
-        call.q,
+        q,
         scales.tensor,
         low,
         tail,
@@ -211,21 +220,26 @@ def _launch_dx(call: Product, tile: Tile, target: int, y: torch.Tensor) -> None:
         m,
         n,
         k,
-        scales.block,
         rank,
         call.strength,
         call.x.stride(0),
-        call.q.stride(0),
+        q.stride(0),
         scales.by_row,
         scales.by_block,
         low.stride(0),
         tail.stride(0),
         y.stride(0),
-        **dx_constants(tile, target, case),
+        **constants,
         num_warps=tile.warps,
         num_stages=tile.stages,
         enable_fp_fusion=True,
     )
+
+
+def _words(q: torch.Tensor, block: int) -> bool:
+    """Whether rows of codes can be read as aligned 32-bit words, four to a load."""
+    aligned = q.stride(0) % 16 == 0 and q.data_ptr() % 16 == 0 and q.storage_offset() % 4 == 0
+    return aligned and q.shape[1] % 4 == 0 and block % 4 == 0
 
 
 def _low_rank(call: Product) -> tuple[int, torch.Tensor, torch.Tensor]:
@@ -242,8 +256,9 @@ def vector(call: Product) -> torch.Tensor:
     (m, k), n = call.x.shape, call.q.shape[0]
     tile = VECTOR_TILE if _triton.capability(call.x.device) else Tile(1, 16, 64, 4, 1)
     scales = _triton.scales_of(call.q, call.scale)
-    how, groups = _triton.step_of(scales.block, tile.bk, k) if scales.layout == "block" else ("row", 1)
-    case = Case(call.fmt, call.kind, scales.tensor.dtype, how, groups, k % tile.bk == 0, call.bias is not None, 0)
+    how, block, groups = _triton.step_of(scales, tile.bk, k, otherwise="row")
+    types, even = (call.fmt, call.kind, scales.tensor.dtype), k % tile.bk == 0
+    case = Case(*types, how, block, groups, even, False, call.bias is not None, 0)
     y = call.empty()
     with _triton.on_device(call.x):
         kernels._fp8_linear_rows_kernel[(cdiv(n, tile.bn), m)](
@@ -254,7 +269,6 @@ def vector(call: Product) -> torch.Tensor:
             y,
             n,
             k,
-            scales.block,
             call.x.stride(0),
             call.q.stride(0),
             scales.by_row,
@@ -297,8 +311,8 @@ Buckets = tuple[tuple[int, Tile], ...]
 ANY: Final = 1 << 62
 
 SMALL: Final[Buckets] = (
-    (16, Tile(16, 64, 64, 4, 5, why="the shortest of tensor cores; five steps in flight hide the DRAM")),
-    (ANY, Tile(32, 64, 64, 4, 4)),
+    (16, Tile(16, 64, 64, 4, 5, after=True, why="the shortest of tensor cores; five steps in flight hide the DRAM")),
+    (ANY, Tile(32, 64, 64, 4, 4, after=True)),
 )
 FORWARD: Final[dict[int, Buckets]] = {
     80: (
@@ -319,20 +333,21 @@ DX: Final[dict[int, Buckets]] = {
     90: ((64, Tile(64, 64, 64, 4, 4)), (ANY, Tile(128, 64, 64, 4, 4))),
 }
 INTERPRETED: Final = Tile(32, 32, 64, 4, 2)
-"""The interpreter's tile: small, so that ragged sizes have several tiles."""
+INTERPRETED_SMALL: Final = Tile(16, 32, 64, 4, 2, after=True)
+"""The interpreter's tiles: small, so that ragged sizes have several tiles."""
 
 
 def tile_for(target: int, rows: int, *, transposed: bool, short: bool = False) -> Tile:
     """The tile for `rows` rows on compute capability `target`; `short` for the way that reads W once."""
     if target == 0:
-        return INTERPRETED
+        return INTERPRETED_SMALL if short and rows <= 16 else INTERPRETED
     return next(tile for most, tile in _buckets(target, transposed=transposed, short=short) if rows <= most)
 
 
 def tiles(target: int, *, transposed: bool) -> list[Tile]:
     """Every tile that compute capability `target` can be given."""
     if target == 0:
-        return [INTERPRETED]
+        return [INTERPRETED, INTERPRETED_SMALL]
     both = [_buckets(target, transposed=transposed, short=short) for short in (True, False)]
     return [tile for buckets in both for _, tile in buckets]
 
@@ -351,8 +366,10 @@ class Case:
     kind: str
     scale: torch.dtype
     how: str
+    block: int
     groups: int
     even: bool
+    words: bool
     bias: bool
     rank: int
 
@@ -361,13 +378,16 @@ def _constants(tile: Tile, target: int, case: Case) -> dict[str, Any]:
     scaled = case.how in ("step", "each")
     split = scaled and _triton.needs_split(case.kind, case.scale)
     how = _triton.decoder_for(target, case.fmt, case.kind, scaled=scaled, split=split)
+    words = case.words and how.words != ""
     return {
         "E5M2": case.fmt == "e5m2",
-        "ASM": how.asm,
+        "WORDS": words,
+        "ASM": how.words if words else how.bytes,
         "SPLIT": split,
         "BEFORE": how.before,
         "AFTER": how.after,
         "SCALES": case.how,
+        "BLOCK": case.block,
         "GROUPS": case.groups,
         "EVEN": case.even,
         "HAS_LOW": case.rank > 0,
@@ -394,9 +414,10 @@ def vector_constants(tile: Tile, target: int, case: Case) -> dict[str, Any]:
     how = _triton.decoder_for(target, case.fmt, "fp16", scaled=False, split=False)
     return {
         "E5M2": case.fmt == "e5m2",
-        "ASM": how.asm,
+        "ASM": how.bytes,
         "BEFORE": how.before,
         "SCALES": case.how,
+        "BLOCK": case.block,
         "GROUPS": case.groups,
         "EVEN": case.even,
         "HAS_BIAS": case.bias,
@@ -411,6 +432,35 @@ def shipped() -> Iterator[Shipped]:
         for transposed in (False, True):
             for tile in tiles(target, transposed=transposed):
                 yield from _shipped_tile(target, tile, transposed)
+        yield from _shipped_rows(target)
+
+
+def _shipped_rows(target: int) -> Iterator[Shipped]:
+    from musubi_kernels.ops.fp8_linear import kernels
+
+    function, tile = kernels._fp8_linear_rows_kernel, VECTOR_TILE
+    fp32, groups = torch.float32, max(1, tile.bk // 64)
+    for case in (
+        Case("e4m3", "fp32", fp32, "step", 64, groups, True, False, True, 0),
+        Case("e4m3", "fp32", torch.bfloat16, "step", 64, groups, True, False, False, 0),
+        Case("e5m2", "fp32", fp32, "row", 1 << 30, 1, True, False, True, 0),
+        Case("e4m3", "fp32", fp32, "each", 48, 1, False, False, True, 0),
+    ):
+        constants = vector_constants(tile, target, case)
+        types = {"x": "fp32", "q": "u8", "scale": _triton.KINDS[case.scale], "bias": "fp32", "y": "fp32"}
+        yield Shipped(
+            name=f"fp8_linear_rows-{tile.name}-fp32-{case.fmt}-{case.how}-{_triton.KINDS[case.scale]}"
+            f"{'' if case.even else '-ragged'}",
+            function=function,
+            signature={n: f"*{types[n]}" if n in types else "i32" for n in function.arg_names if n not in constants},
+            constexprs=constants,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            targets=(target,),
+            op="fp8_linear",
+            aligned=(*types, "K", "x_stride", "q_stride", "y_stride"),
+            core=case.how == "step" and case.scale == fp32,
+        )
 
 
 def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped]:
@@ -421,16 +471,22 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
     for case in _cases(tile, transposed):
         constants = (dx_constants if transposed else forward_constants)(tile, target, case)
         wide = {"x": case.kind, "grad": case.kind, "y": case.kind, "dx": case.kind, "low": case.kind, "bias": case.kind}
-        types = {**wide, "q": "u8", "scale": _triton.KINDS[case.scale], "up": "fp32", "down": "fp32"}
+        types = {
+            **wide,
+            "q": "i32" if constants["WORDS"] else "u8",
+            "scale": _triton.KINDS[case.scale],
+            "up": "fp32",
+            "down": "fp32",
+        }
         signature = {
             name: f"*{types[name]}" if name in types else "fp32" if name == "strength" else "i32"
             for name in function.arg_names
             if name not in constants
         }
-        plain = case.fmt == "e4m3" and case.even and case.how == "step" and not case.bias
+        plain = case.fmt == "e4m3" and case.even and case.words and case.how in ("step", "after") and not case.bias
         yield Shipped(
             name=f"fp8_linear_{'dx' if transposed else 'fwd'}-{tile.name}-{case.kind}-{case.fmt}-{case.how}"
-            f"-{_triton.KINDS[case.scale]}{'' if case.even else '-ragged'}{'-lora' if case.rank else ''}",
+            f"-{_triton.KINDS[case.scale]}{'' if case.words else '-bytes'}{'-lora' if case.rank else ''}",
             function=function,
             signature=signature,
             constexprs=constants,
@@ -439,21 +495,23 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
             targets=(target,),
             op="fp8_linear" if not case.rank else "fp8_lora_linear",
             note=tile.why,
-            aligned=(*(t for t in types if t in function.arg_names), "N", "K", "block", *integers),
+            aligned=(*(t for t in types if t in function.arg_names), "N", "K", *integers),
             hot=True,
             core=plain,
         )
 
 
 def _cases(tile: Tile, transposed: bool) -> Iterator[Case]:
+    step = "after" if tile.after else "step"
     width = tile.bn if transposed else tile.bk
     whole = "one" if transposed else "row"
     bf16, fp32 = torch.bfloat16, torch.float32
     groups = max(1, width // 64)
-    yield Case("e4m3", "bf16", bf16, "step", groups, True, False, 0)
-    yield Case("e4m3", "bf16", bf16, "step", groups, True, False, 32)
-    yield Case("e4m3", "bf16", fp32, "step", groups, True, False, 0)
-    yield Case("e4m3", "fp16", bf16, "step", groups, True, False, 0)
-    yield Case("e5m2", "bf16", bf16, "step", groups, True, not transposed, 0)
-    yield Case("e4m3", "bf16", fp32, whole, 1, True, not transposed, 0)
-    yield Case("e4m3", "bf16", fp32, "each", 1, False, not transposed, 0)
+    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, True, False, 0)
+    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, True, False, 32)
+    yield Case("e4m3", "bf16", fp32, step, 64, groups, True, True, False, 0)
+    yield Case("e4m3", "fp16", bf16, step, 64, groups, True, True, False, 0)
+    yield Case("e5m2", "bf16", bf16, step, 64, groups, True, True, not transposed, 0)
+    yield Case("e4m3", "bf16", fp32, whole, 1 << 30, 1, True, True, not transposed, 0)
+    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, False, False, 0)
+    yield Case("e4m3", "bf16", fp32, "each", 48, 1, False, False, not transposed, 0)

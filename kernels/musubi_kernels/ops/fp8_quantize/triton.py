@@ -135,7 +135,7 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtyp
     rows, columns = flat.shape
     scales = _triton.scales_of(flat, scale)
     bm, bn = DEQUANTIZE_TILE if _triton.capability(out.device) else INTERPRETED_TILE
-    how, groups = _triton.step_of(scales.block, bn, columns) if scales.layout == "block" else ("step", 1)
+    how, block, groups = _triton.step_of(scales, bn, columns, otherwise="step")
     with _triton.on_device(out):
         kernels._fp8_dequantize_kernel[(cdiv(rows, bm) * cdiv(columns, bn),)](
             flat,
@@ -143,7 +143,7 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtyp
             out,
             rows,
             columns,
-            scales.block,
+            block,
             flat.stride(0),
             scales.by_row,
             scales.by_block,
