@@ -3,7 +3,7 @@
 #   make demo        the whole main job on real pictures, in .venv-demo
 #   make test        the default tests, in .venv-test (test-slow, test-gpu: the other tiers)
 #   make lint type   ruff and clang-format; mypy --strict on the packages that pyproject.toml names
-#   make docs        docs/options.md from the declarations in the code
+#   make docs        docs/options.md from the declarations in the code, and the plots
 #   make bench       kernel benchmarks on the CPU (bench-gpu: on a CUDA device)
 #   make setup       .venv-test with everything that the targets above need
 #
@@ -76,7 +76,8 @@ bench-gpu: $(TEST)/.stamp-test
 	$(TEST)/bin/python benchmarks/gpu.py
 
 docs: $(TEST)/.stamp-test
-	@echo "== docs: the options page =="
+	@echo "== docs: the plots and the options page =="
+	$(TEST)/bin/python docs/images/make.py
 	$(TEST)/bin/musubi options > docs/options.md.new
 	mv docs/options.md.new docs/options.md
 

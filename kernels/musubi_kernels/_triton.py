@@ -32,9 +32,15 @@ def interpreting() -> bool:
 
 def missing() -> str | None:
     """Why no Triton kernel can run here, or None."""
+    return _missing(interpreting())
+
+
+@functools.cache
+def _missing(interpreted: bool) -> str | None:
+    """Asked by every call of an op: looking for a package takes 150 µs, as long as the rest of the call."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if not interpreting() and not torch.cuda.is_available():
+    if not interpreted and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None
 
@@ -77,8 +83,8 @@ def matrix(tensor: torch.Tensor) -> torch.Tensor:
 class Tile:
     """One configuration of a product kernel: tile of the result, step of the contraction, and how it is launched.
 
-    `swap` computes W x^T; `after` applies a block's scale to its sums rather than to its weights: exact, and cheap where
-    the tile is short.
+    `swap` computes W x^T; `after` applies a block's scale to its sums rather than to its weights: exact, and cheap
+    where the tile is short.
     """
 
     bm: int
@@ -94,7 +100,8 @@ class Tile:
     @property
     def name(self) -> str:
         """For reports: 128x128x64-w8s3."""
-        return f"{self.bm}x{self.bn}x{self.bk}-w{self.warps}s{self.stages}{'-swap' if self.swap else ''}{'-after' if self.after else ''}"
+        size = f"{self.bm}x{self.bn}x{self.bk}-w{self.warps}s{self.stages}"
+        return size + ("-swap" if self.swap else "") + ("-after" if self.after else "")
 
 
 @dataclass(frozen=True)
@@ -181,10 +188,10 @@ def decoder_for(target: int, fmt: str, kind: str, *, scaled: bool, split: bool) 
     """The decoder that kernels use on compute capability `target` (0: the interpreter)."""
     if target == 0:
         return PLAIN
-    way = "bits"
-    if kind == "fp16" and target >= 89:
-        way = "convert"
-    elif target >= 100:
+    way = "bits" if target < 89 else "convert"
+    if kind == "bf16" and target == 89:
+        way = "bits"  # its conversions end in float16, and each weight is decoded once in either case
+    elif kind == "bf16" and target >= 100:
         way = "direct"
     return decoder(fmt, kind, way, scaled=scaled, split=split)
 

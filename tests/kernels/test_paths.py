@@ -70,6 +70,22 @@ def test_a_class_is_timed_once_and_the_fastest_kept(measured: list[str], monkeyp
     assert len(measured) == 6
 
 
+def test_what_is_settled_is_not_asked_again_until_it_is_forgotten(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _paths.run(SIZES, ways()) == "fused"
+    with monkeypatch.context() as patch:
+        patch.setattr(_paths, "decide", lambda *_: pytest.fail("it was settled"))
+        assert _paths.run(replace(SIZES, m=70), ways()) == "fused"
+    monkeypatch.setenv(_paths.WAY_VARIABLE, "panel")
+    assert _paths.run(SIZES, ways()) == "panel"
+    monkeypatch.delenv(_paths.WAY_VARIABLE)
+    _paths._TABLE.put(SIZES.key(), "small", {})
+    assert _paths.run(SIZES, ways()) == "fused"
+    _paths._SETTLED.clear()
+    assert _paths.run(SIZES, ways()) == "small"
+
+
 def test_the_file_is_read_by_the_next_run_and_rows_of_others_survive(file: Path) -> None:
     _paths._TABLE.put(SIZES.key(), "panel", {"fused": 2e-6, "panel": 1e-6})
     content = json.loads(file.read_text())

@@ -15,6 +15,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1)).to(x.dtype)
 
 
+def norm_modulated(x: Tensor, mod: Tensor, eps: float) -> Tensor:
+    """Layer norm without weights of `x: [B, L, D]`, then the shift and scale that `mod: [B, 2.., D]` begins with."""
+    return modulate(nn.functional.layer_norm(x, x.shape[-1:], eps=eps), mod[:, 0], mod[:, 1])
+
+
 def gated(h: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """h + y gate in float32, back in h's dtype; `h, y: [B, L, D]`, `gate: [B, D]`."""
     return torch.addcmul(h, y, gate.unsqueeze(1)).to(h.dtype)
