@@ -22,6 +22,7 @@ from gpu_sass import hot_loop, instructions, read_sass, steps_of
 from gpu_static import Survey, survey
 
 SEEDS = "gpu_seeds:seeds"
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for all compilations: minutes on two idle cores
 
 
 @pytest.fixture(scope="module")
