@@ -10,6 +10,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch_variables(port: int) -> dict[str, str]:
+    """What a launcher sets for two processes on this machine, but for their ranks; with the paths of the tree."""
+    paths = os.pathsep.join(str(ROOT / part) for part in ("python", "kernels", "tests"))
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {**shared, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths}
+
+
 class Server:
     """Runs of `run_server.py`."""
 
@@ -32,13 +46,9 @@ class Server:
         out.mkdir(exist_ok=True)
         return self.ask(place=str(place), out=str(out), words=words, **more)["pid"]
 
-    def pair(self, place: Path, out: Path, words: list[str]) -> list[int]:
-        """Two processes of one run, as a launcher starts them."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        shared["ACCELERATE_USE_CPU"] = "true"
+    def pair(self, place: Path, out: Path, words: list[str], **more: str) -> list[int]:
+        """Two processes of one run, as a launcher starts them; `more` environment variables."""
+        shared = {**launch_variables(free_port()), **more}
         return [
             self.start(place, out, words, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(2)

@@ -60,5 +60,16 @@ class Toy(nn.Module):
         return self.last(torch.tanh(self.first(torch.cat([flat, extra], 1)))).view_as(x_t)
 
 
+def noting_gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """A list that gets the joined gradients of every step, as the optimizer meets them."""
+    found: list[Tensor] = []
+
+    def before_step(*_: object) -> None:
+        found.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+
+    optimizer.register_step_pre_hook(before_step)
+    return found
+
+
 def items_of(count: int, shape: Sequence[int] = (2, 1, 3, 4)) -> Tensor:
     return keyed.normal((count, *shape), "items") * 0.3 + 1

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from musubi_tuner.data.spec_keys import SPECIAL
 from musubi_tuner.families.base import (
     AdapterTargets,
     CacheField,
@@ -135,6 +136,20 @@ class ToyEdit(ToyFamily):
         return {**super().collate(entries), "controls": controls}
 
 
+class ToySections(ToyFamily):
+    """Reads every special key, and controls with masks, which end in no cache field of their own."""
+
+    spec = dataclasses.replace(SPEC, dataset_keys=SPECIAL, reads_controls=True, control_masks=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items: list[Item] = []
+
+    def encode_latents(self, items, vae, encoders=None):
+        self.items += items
+        return super().encode_latents(items, vae, encoders)
+
+
 @pytest.fixture
 def family() -> ToyFamily:
     return ToyFamily()
@@ -143,6 +158,11 @@ def family() -> ToyFamily:
 @pytest.fixture
 def edit_family() -> ToyEdit:
     return ToyEdit()
+
+
+@pytest.fixture
+def sectioned_family() -> ToySections:
+    return ToySections()
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 64), colour: int = 0, caption: str | None = "a picture") -> Path:

@@ -53,7 +53,7 @@ def dataset(tmp_path, family, make_picture):
         "resolution = 64\nenable_bucket = true\nbatch_size = 2\nnum_repeats = 2\n"
     )
     for item in scan(load(path).datasets[0], family.spec).items:
-        encoded = [to_encode(item, with_pixels=True)]
+        encoded = [to_encode(item, family.spec, with_pixels=True)]
         [[latent]], [text] = (
             family.encode_latents(encoded, family.vae),
             family.encode_condition(encoded, family.encoders),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from musubi_tuner import cli
 from musubi_tuner.config.options import parse
 from musubi_tuner.data.build_cache import LATENT_GROUPS, TEXT_GROUPS, cache_latents, cache_text
 
@@ -36,6 +37,33 @@ def prepare(folder, make_picture, count=ITEMS):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted((folder / "c").glob("*.safetensors"))}
+
+
+def test_ctrl_c_ends_caching_with_code_130_and_keeps_what_is_whole(tmp_path, family, make_picture, capsys):
+    prepare(tmp_path, make_picture, count=12)
+    encode, calls = family.encode_latents, []
+
+    def interrupted(items, vae, encoders=None):
+        calls.append(len(items))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(items, vae, encoders)
+
+    family.encode_latents = interrupted
+
+    def work() -> int:
+        cache(family, tmp_path)
+        return 0
+
+    assert cli.guarded("musubi", work) == 130
+    assert "stopped by Ctrl-C" in capsys.readouterr().err
+    made = contents(tmp_path)
+    assert len(made) == sum(calls[:3])
+    assert not list((tmp_path / "c").glob(".*.tmp"))
+    assert cli.guarded("musubi", work) == 0
+    assert len(contents(tmp_path)) == 24
+    assert made.items() <= contents(tmp_path).items()
+    assert sum(calls[4:]) == 12 - len(made), "nothing is encoded twice"
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(40, marks=pytest.mark.slow)])

@@ -16,7 +16,7 @@ from PIL import Image
 from musubi_tuner.data.images import image_size, read_image
 from musubi_tuner.data.sources import read_controls, read_pixels, scan
 from musubi_tuner.data.spec import load
-from musubi_tuner.data.video import probe, read_frames
+from musubi_tuner.data.video import at_rate, at_times, frame_times, is_even, kept_frames, probe, read_frames
 from real_media import CLIPS, PHOTOS, frames_of, photo, png16, turn_mov, write_video
 
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png", "horse.png", "retina.jpg", "rocket.jpg", "text.png", "page.png")
@@ -262,6 +262,29 @@ class TestClips:
         path = write_video(tmp_path / "a.mkv", frames, stamps=[0, 10, 500, 510, 520, 3000])
         assert probe(path).frames == 6
         np.testing.assert_array_equal(read_frames(path, range(6), (48, 32)), frames)
+
+    def test_a_variable_rate_is_resampled_by_time(self, tmp_path):
+        """Frames of 25 a second, then one that stands for a second, then ten a second: at 16 a second, evenly."""
+        stamps = [*range(0, 1000, 40), *range(2000, 3000, 100)]
+        frames = frames_of("coffee.png", len(stamps), (48, 32))
+        path = write_video(tmp_path / "a.mkv", frames, stamps=stamps)
+        assert not is_even(frame_times(path))
+        kept = at_rate(path, probe(path), 25.0, 16.0)
+        ticks = np.arange(len(kept)) / 16 * 1000
+        assert len(kept) == int(2900 / 62.5) + 1
+        assert [stamps[i] for i in kept] == [max(s for s in stamps if s <= tick + 0.1) for tick in ticks]
+        assert kept.count(24) == 16, "the frame of 960 ms is seen until 2000 ms"
+        read = read_frames(path, kept, (48, 32))
+        np.testing.assert_array_equal(read, frames[kept])
+        assert at_rate(path, probe(path), 10.0, 16.0) == at_times([s / 1000 for s in stamps], 10.0)
+        assert at_rate(path, probe(path), None, 16.0) == list(range(len(stamps)))
+
+    def test_a_constant_rate_of_rounded_stamps_goes_by_number(self, tmp_path):
+        """29.97 frames a second in whole milliseconds, and stamps that start late."""
+        stamps = [1000 + round(i * 1001 / 30) for i in range(40)]
+        path = write_video(tmp_path / "a.mkv", frames_of("coffee.png", 40, (48, 32)), stamps=stamps)
+        assert is_even(frame_times(path))
+        assert at_rate(path, probe(path), 30.0, 16.0) == kept_frames(40, 30.0, 16.0)
 
     def test_a_gif_is_a_clip(self, folder, family):
         shutil.copy(PHOTOS / "no_time_for_that_tiny.gif", folder / "a.gif")

@@ -94,6 +94,17 @@ def test_a_list_with_equal_stems_in_two_folders_gets_two_caches(tmp_path, datase
     assert len(names) == 4
 
 
+def test_one_file_many_times_in_a_list_gets_as_many_caches(tmp_path, dataset, family, make_picture):
+    make_picture(tmp_path / "a.png", caption=None)
+    lines = [{"image_path": str(tmp_path / "a.png"), "caption": f"words {i}"} for i in range(5)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    spec = dataset(
+        f'image_jsonl_file = "{tmp_path / "list.jsonl"}"\ncache_directory = "{tmp_path / "c"}"\nresolution=64'
+    )
+    items = scan(spec, family.spec).items
+    assert len({item.latent_path("toy") for item in items}) == len({item.text_path("toy") for item in items}) == 5
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [("{", "line 2 is not JSON"), ('{"image_path": "a.png"}', 'the texts "image_path" and "caption" is needed')],

@@ -51,6 +51,12 @@ def test_reference_values(name):
             assert spec.no_resize_control == params["no_resize_control"]
             size = params["control_resolution"]
             assert spec.control_resolution == (tuple(size) if size else None)
+            assert spec.multiple_target == params["multiple_target"]
+            assert spec.fp_1f_target_index == params["fp_1f_target_index"]
+            assert spec.fp_1f_no_post == params["fp_1f_no_post"]
+            indices = params["fp_1f_clean_indices"]
+            assert spec.fp_1f_clean_indices == (tuple(indices) if indices else None)
+        assert spec.fp_latent_window_size == params["fp_latent_window_size"]
         if spec.kind == "video":
             assert list(spec.target_frames) == params["target_frames"]
             for key in ("frame_extraction", "frame_stride", "frame_sample", "max_frames", "source_fps"):

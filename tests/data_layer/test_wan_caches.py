@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,23 @@ def test_training_gets_padded_text_and_float_latents(cached):
         text = batch.cond["text"][row].float()
         assert text[: lengths[number]].norm(dim=-1).min() > 0
         assert text[lengths[number] :].abs().sum() == 0
+
+
+def test_another_tokenizer_beside_the_encoder_renews_the_text_caches(cached, models, tmp_path, capsys):
+    """It is found, not named; named by its folder or its file it is the same one."""
+    home = shutil.copytree(models, tmp_path / "models")
+    words = ["cache_text", "wan", "--t5", str(home / "t5.safetensors"), "--dataset_config", str(cached)]
+    words += ["--device", "cpu"]
+    told = []
+    for more in ([], ["--t5_tokenizer", str(home / "tokenizer")], ["--t5_tokenizer", str(models / "tokenizer")]):
+        assert musubi(*words, *more) == 0
+        told.append(capsys.readouterr().err)
+    assert all("0 to make, 3 fresh" in text for text in told), told
+    file = home / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w7": 7', '"w7": 8').replace('"w8": 8', '"w8": 7'))
+    assert musubi(*words) == 0
+    assert "3 stale: t5_tokenizer changed" in capsys.readouterr().err
+    assert musubi(*words[:3], str(models / "t5.safetensors"), *words[4:]) == 0, "as the others of this file want them"
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_every_published_clip_key_has_a_place():
 
 @pytest.mark.shows("text_encoder1", "text_encoder2")
 def test_wrong_and_missing_files_are_named(encoders, vae_file, tmp_path):
-    with pytest.raises(UserError, match="only --text_encoder1 was given: name both"):
+    with pytest.raises(UserError, match="has two text encoders: name both"):
         loaded(EncodingOptions(text_encoder1="x"))
     with pytest.raises(UserError, match=r"is not a Llama text encoder: it has no embed_tokens.weight"):
         loaded(options_of(encoders, text_encoder1=str(encoders / "clip_l.safetensors")))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from golden_data import REFERENCE, TOLERANCE, distance, golden, manifest
+from golden_data import REFERENCE, TOLERANCE, distance, fixture_sinusoid, golden, manifest
 from musubi_tuner.adapters.attach import attach
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families import registry
@@ -28,6 +28,11 @@ SPEC = FAMILY.spec
 @pytest.fixture(scope="module")
 def case():
     return golden("hunyuan_video_t2v_a")
+
+
+@pytest.fixture(autouse=True)
+def _frequencies_of_the_fixtures(monkeypatch):
+    monkeypatch.setattr("musubi_tuner.families.hunyuan_video.model.sinusoid", fixture_sinusoid)
 
 
 def config_of(case, **changes) -> HunyuanVideoConfig:

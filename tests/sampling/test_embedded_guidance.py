@@ -76,5 +76,5 @@ def test_previews_tell_it_too(told):
     argv = ["--dit", "d", "--dataset_config", "c", "--output_dir", "o", "--output_name", "n"]
     options = parse(TRAINING, argv, prog="train", description="")
     entries = [parse_line("a --g 3", "line 1"), parse_line("b", "line 2")]
-    found = preview.preview_requests(told.spec, options, entries)
+    found = preview.preview_requests(told, options, entries)
     assert [(r.embedded_guidance, r.guidance) for r in found] == [(3.0, 1.0), (6.0, 1.0)]

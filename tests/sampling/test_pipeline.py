@@ -177,7 +177,7 @@ def test_guidance_without_a_second_branch_is_refused(toy):
         ({"seed": -1}, "seed = -1: must be 0 to"),
         ({"steps": 0}, "steps = 0: must be 1 to 1000"),
         ({"shift": 0.0}, "flow shift = 0.0: must be above 0"),
-        ({"solver": "ddim"}, r"solver = ddim: must be one of unipc, dpm\+\+, vanilla"),
+        ({"solver": "ddim"}, r"solver = ddim: must be one of unipc, unipc3, dpm\+\+, vanilla"),
     ],
 )
 def test_impossible_requests_are_refused(change, words):

@@ -160,21 +160,21 @@ def test_each_prompt_is_encoded_once_for_all_previews(stage):
     assert sorted(stage.family.encoders.asked) == ["", "a cat", "a dog"]
 
 
-def test_a_prompt_without_a_seed_keeps_one_and_another_line_another(stage, toy):
+def test_a_prompt_without_a_seed_keeps_one_and_another_line_another(stage):
     entries = [preview.PromptEntry("x", "p.txt line 1"), preview.PromptEntry("x", "p.txt line 2")]
     options = stage.options()
-    first, second = preview.preview_requests(toy.SPEC, options, entries)
-    again = preview.preview_requests(toy.SPEC, options, entries)
+    first, second = preview.preview_requests(stage.family, options, entries)
+    again = preview.preview_requests(stage.family, options, entries)
     assert first.seed != second.seed
     assert again == (first, second)
     assert (first.width, first.height, first.frames, first.steps) == (256, 256, 1, 20)
     assert (first.guidance, first.shift, first.fps, first.solver) == (3.0, 2.0, 8, "unipc")
 
 
-def test_sizes_off_the_grid_are_rounded_down_with_a_warning(stage, toy, caplog):
+def test_sizes_off_the_grid_are_rounded_down_with_a_warning(stage, caplog):
     with caplog.at_level(logging.WARNING):
         (request,) = preview.preview_requests(
-            toy.SPEC, stage.options(), [preview.PromptEntry("x", "p.txt line 1", width=100, height=63, frames=8)]
+            stage.family, stage.options(), [preview.PromptEntry("x", "p.txt line 1", width=100, height=63, frames=8)]
         )
     assert (request.width, request.height, request.frames) == (96, 48, 5)
     assert "p.txt line 1: 100 x 63, 8 frames does not fit" in caplog.text

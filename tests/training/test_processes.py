@@ -15,7 +15,7 @@ from musubi_tuner.training import runtime
 from musubi_tuner.training.loop import Plan, train
 from musubi_tuner.training.runtime import LocalRuntime, launched
 from musubi_tuner.training.step import KeyedDraws, Step
-from training_toys import MemorySource, Toy, items_of
+from training_toys import MemorySource, Toy, items_of, noting_gradients
 
 HERE = Path(__file__).parent
 
@@ -52,8 +52,13 @@ def test_two_processes_train_as_one_with_the_joint_batch(pair):
     model = Toy(24)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
-    step = Step(predict=model, parameters=parameters, optimizer=optimizer, draws=KeyedDraws(5))
+    gradients = noting_gradients(optimizer, parameters)
+    step = Step(predict=model, parameters=parameters, optimizer=optimizer, draws=KeyedDraws(5), max_grad_norm=0)
     train(step, MemorySource(items_of(10), 10), Plan(4))
+    for rank in range(2):
+        joint = torch.load(pair / f"gradients{rank}.pt", weights_only=True)
+        assert len(joint) == len(gradients) == 4
+        assert float((joint[0] - gradients[0]).norm() / gradients[0].norm()) < 1e-6, "the same weights before it"
     alone = torch.cat([p.detach().flatten() for p in parameters])
     first, second = (torch.load(pair / f"weights{rank}.pt", weights_only=True) for rank in range(2))
     assert torch.equal(first, second)
@@ -65,7 +70,7 @@ def test_two_processes_train_as_one_with_the_joint_batch(pair):
     ("variables", "sentence"),
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1: use --fsdp_version 2"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "--fp8_base"),
         ({"ACCELERATE_MIXED_PRECISION": "tf32"}, "use no, fp16 or bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"}, "needs a CUDA device"),

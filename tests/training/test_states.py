@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import subprocess
 from collections import namedtuple
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import parse
+from musubi_tuner.training import checkpoint
 from musubi_tuner.training import state as states
 from musubi_tuner.training.events import State
 from musubi_tuner.training.loop import Plan
@@ -257,6 +259,39 @@ def test_a_full_disk_stops_before_writing_and_says_what_is_whole(place, tmp_path
     assert list(resumed) == [3, 4, 5, 6]
 
 
+@pytest.fixture
+def small(tmp_path, request):
+    """A file system of `request.param` KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small tmpfs needs the right to mount")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # the run's own losses.txt is still open
+
+
+@pytest.mark.parametrize(("small", "sentence"), [(1600, "MB free and"), (600, "disk is full")], indirect=["small"])
+def test_a_disk_that_is_really_full_harms_nothing(place, whole, small, tmp_path, monkeypatch, *, sentence):
+    """Seen before writing; and met in the middle of a write, as when another program takes the space meanwhile."""
+    if sentence == "disk is full":
+        monkeypatch.setattr(checkpoint, "require_space", lambda *_: None)
+    with pytest.raises(UserError, match=sentence) as fault:
+        train_noting_losses(place, small, *STEPS)
+    kept = [f"study-step0000000{n}{tail}" for n in (2, 4, 6) for tail in ("-state", ".safetensors")]
+    found = sorted(path.name for path in small.iterdir() if path.name != "losses.txt")
+    assert {"study-step00000002-state", "study-step00000002.safetensors"} <= set(found) < set(kept)
+    assert f"whole are {found[1]}" in str(fault.value)
+    for path in small.glob("*.safetensors"):
+        a, b = tensors_in(path), tensors_in(whole / path.name)
+        assert all(torch.equal(a[key], b[key]) for key in b)
+    last = max(small.glob("*-state"))
+    assert f"go on with --resume {last}" in str(fault.value)
+    resumed = train_noting_losses(place, tmp_path / "on", *STEPS, "--resume", str(last))
+    assert resumed == {step: line for step, line in losses_in(whole).items() if step in resumed}
+    assert list(resumed)[-1] == 6
+
+
 def test_a_failed_write_harms_no_earlier_state(whole, tmp_path, monkeypatch):
     """A state that is replaced stays whole when writing the new one fails at any of its syncs."""
     target = shutil.copytree(state_of(whole, 4), tmp_path / "study-state")
@@ -282,6 +317,25 @@ def test_a_failed_write_harms_no_earlier_state(whole, tmp_path, monkeypatch):
             states.write_state(target, manifest, weights, optimizer)
         assert states.read_manifest(target) == manifest
         assert [p.name for p in tmp_path.iterdir() if not p.name.startswith("study-state.old")] == ["study-state"]
+
+
+def test_a_loss_that_is_not_finite_names_the_files_of_its_batch_and_harms_nothing(place, tmp_path):
+    """At the first one, in the run's third batch; what was saved before is whole."""
+    broken = shutil.copytree(place, tmp_path / "place")
+    (broken / "data.toml").write_text((place / "data.toml").read_text().replace(str(place), str(broken)))
+    for path in broken.glob("cache/*0064x0032_wan.safetensors"):  # the only batch of its shape
+        save_file({key: value * 1e30 for key, value in load_file(path).items()}, path, {"architecture": "wan"})
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"the loss is (inf|nan)") as fault:
+        train_noting_losses(broken, out, *STEPS[:2], "--save_every_n_steps", "1", "--save_state")
+    assert "p3_0064x0032_wan.safetensors, p4" in str(fault.value) or "p4_0064x0032_wan.safetensors, p3" in str(
+        fault.value
+    )
+    done = len(losses_in(out)) if (out / "losses.txt").exists() else 0
+    assert done < 3
+    assert len(list(out.glob("*-state"))) == done
+    for folder in out.glob("*-state"):
+        states.read_weights(folder / "weights.safetensors")
 
 
 def test_leftovers_of_this_name_alone_are_removed(tmp_path):

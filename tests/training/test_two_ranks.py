@@ -1,6 +1,7 @@
 """Whole runs by two processes: the joint batch's losses, one writer, resuming, and what happens when one is lost."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -65,6 +66,28 @@ def test_two_processes_resume_to_the_bit(server, place, pair, tmp_path):
     assert losses_in(out) == {step: line for step, line in losses_in(pair).items() if step > 2}
     a, b = (tensors_in(folder / "study.safetensors") for folder in (pair, out))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_one_process_goes_on_where_two_stood(server, place, pair, tmp_path):
+    """At the end of an epoch, which the two reach in two steps of three batches."""
+    out = tmp_path / "out"
+    words = [*WORDS, "--gradient_accumulation_steps", "2", "--resume", str(pair / "study-step00000002-state")]
+    assert server.end(server.start(place, out, words)) == 0, (out / "log.txt").read_text()
+    later = numbers(pair)[2:]
+    torch.testing.assert_close(torch.tensor(numbers(out)), torch.tensor(later), rtol=1e-6, atol=0)
+
+
+def test_a_process_without_any_batch_is_no_fault(server, place, tmp_path):
+    few = shutil.copytree(place, tmp_path / "few")
+    for path in few.glob("cache/p[34]_*"):
+        path.unlink()
+    text = (few / "data.toml").read_text().replace(str(place), str(few)).replace("batch_size = 2", "batch_size = 4")
+    (few / "data.toml").write_text(text)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert server.end(server.start(few, one, ["--max_train_steps", "3"])) == 0
+    codes = [server.end(pid) for pid in server.pair(few, two, ["--max_train_steps", "3"])]
+    assert codes == [0, 0], (two / "log.txt").read_text()
+    torch.testing.assert_close(torch.tensor(numbers(two)), torch.tensor(numbers(one)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGKILL, [1, -9]), (signal.SIGTERM, [143, 143])])

@@ -13,7 +13,7 @@ from musubi_tuner.data.batches import Batch
 from musubi_tuner.training.loop import Plan, train
 from musubi_tuner.training.runtime import launched
 from musubi_tuner.training.step import KeyedDraws, Step
-from training_toys import MemorySource, Toy, items_of
+from training_toys import MemorySource, Toy, items_of, noting_gradients
 
 SHARE = 5
 
@@ -36,15 +36,19 @@ def main(folder: Path) -> None:
     runtime = launched("no")
     model = Toy(24)
     parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    gradients = noting_gradients(optimizer, parameters)
     step = Step(
         predict=model,
         parameters=parameters,
-        optimizer=torch.optim.AdamW(parameters, lr=1e-2),
+        optimizer=optimizer,
         draws=KeyedDraws(5),
         runtime=runtime,
+        max_grad_norm=0,
     )
     train(step, Share(runtime.rank), Plan(4))
     torch.save(torch.cat([p.detach().flatten() for p in parameters]), folder / f"weights{runtime.rank}.pt")
+    torch.save(gradients, folder / f"gradients{runtime.rank}.pt")
     told = {
         "world": runtime.world,
         "agreed": runtime.agree(100 + runtime.rank),

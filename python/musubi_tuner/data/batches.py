@@ -55,6 +55,8 @@ class Batch:
     epoch: int
     index: int
     """Position in this process's epoch: `epoch(number, start=index + 1)` goes on after it."""
+    names: tuple[str, ...] = ()
+    """What messages call the items: their latent caches."""
 
 
 class BatchSource(Protocol):
@@ -128,6 +130,11 @@ class CachedBatches:
     def __len__(self) -> int:
         return len(range(self.rank, self.total, self.world))
 
+    @property
+    def longest(self) -> int:
+        """Batches of an epoch of the process that has most."""
+        return len(range(0, self.total, self.world))
+
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of this process; raises UserError where a cache file cannot be read."""
         order = epoch_order(self.groups, self.seed, number)[self.rank :: self.world]
@@ -145,10 +152,15 @@ class CachedBatches:
             finally:
                 _cancel(pending)
 
+    def spare(self) -> Batch:
+        """Some batch, of any process, for a pass that counts nothing."""
+        return self._load(0, 0, epoch_order(self.groups, self.seed, 0)[0])
+
     def _load(self, epoch: int, index: int, members: Sequence[int]) -> Batch:
         loaded = [self._entry(self.entries[member]) for member in members]
         latents = torch.stack([entry["latents"].float() for entry in loaded])
-        return Batch(latents, self.family.collate(loaded), tuple(members), epoch, index)
+        names = tuple(self.entries[member].latent.name for member in members)
+        return Batch(latents, self.family.collate(loaded), tuple(members), epoch, index, names)
 
     def _entry(self, item: CachedItem) -> dict[str, Tensor]:
         spec = self.family.spec

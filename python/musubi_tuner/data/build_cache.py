@@ -23,13 +23,13 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved, option
 from musubi_tuner.data import cache
 from musubi_tuner.data.cache_keys import Part
-from musubi_tuner.data.fingerprint import content_hash, option_identity
+from musubi_tuner.data.fingerprint import content_hash, file_identity, option_identity
 from musubi_tuner.data.plan import Plan, Planned, make_plan, table
 from musubi_tuner.data.sources import MediaItem, scan, to_encode
 from musubi_tuner.data.spec import DataConfig, load
 from musubi_tuner.data.view import ViewOptions, view
 from musubi_tuner.data.wanted import fingerprint, media_of, sees_controls
-from musubi_tuner.families.base import Family, FamilySpec, Item
+from musubi_tuner.families.base import Family, FamilySpec, FindsFiles, Item
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def cache_latents(family: Family, options: Resolved) -> None:
         raise UserError(f"--vae {vae_file} is not there")
     device, dtype = pick_device(chosen.device), DTYPES[vae_options.vae_dtype]
     own = _family_options(family, options, "cache_latents")
-    settings = {"vae": option_identity(vae_file), "vae_dtype": vae_options.vae_dtype, **_identities(own)}
+    settings = {"vae": option_identity(vae_file), "vae_dtype": vae_options.vae_dtype, **_identities(family, own)}
 
     def load_encode() -> Encode:
         vae = family.load_vae(vae_file, device=device, dtype=dtype, options=own[0] if own else None)
@@ -118,7 +118,7 @@ def cache_text(family: Family, options: Resolved) -> None:
             raise UserError(f"{family.spec.name} was given no text encoder: see `musubi cache_text --help`")
         return lambda items: [[entry] for entry in family.encode_condition(items, encoders)]
 
-    _run(family.spec, "text", chosen, _identities(own), load_encode)
+    _run(family.spec, "text", chosen, _identities(family, own), load_encode)
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -136,14 +136,17 @@ def _family_options(family: Family, options: Resolved, command: str) -> list[Any
     return [options[group] for group in family.option_groups(command)]
 
 
-def _identities(groups: Sequence[Any]) -> dict[str, str]:
-    """Options of the family by what they stand for: files by content."""
-    return {f.name: option_identity(getattr(group, f.name)) for group in groups for f in fields(group)}
+def _identities(family: Family, groups: Sequence[Any]) -> dict[str, str]:
+    """Options of the family by what they stand for: files by content, those included that it finds by itself."""
+    named = {f.name: option_identity(getattr(group, f.name)) for group in groups for f in fields(group)}
+    found = family.found_files(groups[0]) if groups and isinstance(family, FindsFiles) else {}
+    return {**named, **{name: file_identity(path) for name, path in found.items()}}
 
 
 def _moved(item: Item, device: torch.device) -> Item:
     pixels = None if item.pixels is None else item.pixels.to(device)
-    return replace(item, pixels=pixels, controls=tuple(control.to(device) for control in item.controls))
+    masks = tuple(None if mask is None else mask.to(device) for mask in item.masks)
+    return replace(item, pixels=pixels, controls=tuple(control.to(device) for control in item.controls), masks=masks)
 
 
 def _run(
@@ -236,7 +239,7 @@ def _load(media: MediaItem, part: Part, spec: FamilySpec) -> _Loaded | str:
     """An item ready to encode, or the sentence that says why it cannot be."""
     try:
         hashes = {path: content_hash(path) for path in media_of(media, part, spec)}
-        item = to_encode(media, with_pixels=part == "latent", with_controls=sees_controls(spec, part))
+        item = to_encode(media, spec, with_pixels=part == "latent", with_controls=sees_controls(spec, part))
         return _Loaded(media, item, hashes)
     except (ValueError, OSError) as error:
         return f"{media.path} {error}"

@@ -102,7 +102,7 @@ def _other_controls(header: CacheHeader, wanted: Fingerprint, spec: FamilySpec, 
     """Why a latent cache does not hold the controls of its item; empty when it does."""
     found = find_fields(header.shapes, spec.cache_fields, part).values()
     held = sum(item.field.name == controls.FIELD for item in found)
-    if part == "text" or controls.most(spec) == 0 or held == len(wanted.controls):
+    if part == "text" or not controls.cached(spec) or held == len(wanted.controls):
         return ""
     return f"it holds {held} controls, now {len(wanted.controls)} are wanted"
 

@@ -4,6 +4,7 @@ Where the media are at hand, items are those of a scan and each must have its ca
 folder is there (a dataset cached elsewhere), the items are the caches found in it.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +135,7 @@ def _of_folder(dataset: DatasetSpec, spec: FamilySpec, faults: _Faults) -> list[
     for path in folder_latents(dataset.cache_folder, spec.cache_tag):
         name = latent_pattern(spec.cache_tag).fullmatch(path.name)
         stem = name["stem"] if name else path.stem
+        stem = _CLIP.sub("", stem) if dataset.kind == "video" else stem
         text = path.with_name(text_name(stem, spec.cache_tag))
         header = _usable(path, faults, lambda header: misfit(header, (0, 0), spec, "latent"))
         if not text.is_file():
@@ -146,6 +148,10 @@ def _of_folder(dataset: DatasetSpec, spec: FamilySpec, faults: _Faults) -> list[
             f"(with the size of each picture) in {dataset.cache_folder} are there"
         )
     return items
+
+
+_CLIP = re.compile(r"_\d{5,}-\d{3,}(-\d{4})?$")
+"""What the name of a clip's latent cache adds to that of its video: first frame, length, section."""
 
 
 def folder_latents(folder: Path, tag: str) -> list[Path]:

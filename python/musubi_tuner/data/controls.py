@@ -3,7 +3,7 @@
 In a `control_directory` the controls of `cat.png` are `cat.<any ending>` and `cat_<number>.<any ending>`, in the order
 of their numbers; a control whose whole name is that of another item belongs to that item. In a list they are
 `control_path`, or `control_path_0`, `control_path_1`, ... Whether controls count at all is a fact of the family: its
-cache has a field named `control`, numbered where it takes several.
+cache has a field named `control`, numbered where it takes several, or its spec says `reads_controls`.
 """
 
 import math
@@ -20,7 +20,6 @@ FIELD = "control"
 """Name of the cache field that holds a control's latents."""
 
 _NUMBERED = re.compile(r"(?P<stem>.+)_(?P<number>\d+)")
-_LISTED = re.compile(r"control_path(?:_(?P<number>\d+))?")
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,13 @@ def most(spec: FamilySpec) -> int | None:
     """How many controls an item of this family may have: 0, 1, or None for any number."""
     fields = [field for field in spec.cache_fields if field.name == FIELD]
     if not fields:
-        return 0
+        return None if spec.reads_controls else 0
     return None if fields[0].numbered else 1
+
+
+def cached(spec: FamilySpec) -> bool:
+    """Whether a latent cache has a field for each control."""
+    return any(field.name == FIELD for field in spec.cache_fields)
 
 
 def required(spec: FamilySpec) -> bool:
@@ -51,10 +55,11 @@ def without_effect(dataset: DatasetSpec, spec: FamilySpec) -> tuple[str, ...]:
         "no_resize_control": dataset.no_resize_control,
         "control_resolution": dataset.control_resolution is not None,
     }
+    unread = tuple(key for key in dataset.special if key not in spec.dataset_keys)
     if most(spec) == 0:
-        return (*(key for key, value in given.items() if value), *dataset.later)
+        return (*(key for key, value in given.items() if value), *unread)
     overruled = ("control_resolution",) if dataset.no_resize_control and dataset.control_resolution else ()
-    return (*overruled, *dataset.later)
+    return (*overruled, *unread)
 
 
 def in_folder(folder: Path, stems: Collection[str], endings: Collection[str]) -> dict[str, list[Path]]:
@@ -72,18 +77,31 @@ def in_folder(folder: Path, stems: Collection[str], endings: Collection[str]) ->
     return {stem: [path for _, _, path in sorted(rows)] for stem, rows in found.items()}
 
 
-def listed(entry: Mapping[str, object]) -> list[Path]:
-    """The controls that a line of a list names, by number.
+def numbered(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Of pictures, those named `<stem>_<number>` by the stem that another one has, in the order of their numbers."""
+    paths = list(files)
+    stems = {path.stem for path in paths}
+    found: dict[str, list[tuple[int, str, Path]]] = {}
+    for path in paths:
+        match = _NUMBERED.fullmatch(path.stem)
+        if match and match["stem"] in stems:
+            found.setdefault(match["stem"], []).append((int(match["number"]), path.name, path))
+    return {stem: [path for _, _, path in sorted(rows)] for stem, rows in found.items()}
+
+
+def listed(entry: Mapping[str, object], name: str) -> list[Path]:
+    """The paths that a line of a list names with the keys `name`, `<name>_0`, `<name>_1`, ..., in this order.
 
     Raises:
         ValueError: with the key whose value is no text.
     """
+    pattern = re.compile(rf"{name}(?:_(?P<number>\d+))?")
     found: list[tuple[int, Path]] = []
     for key, value in entry.items():
-        match = _LISTED.fullmatch(key)
+        match = pattern.fullmatch(key)
         if match:
             if not isinstance(value, str) or not value:
-                raise ValueError(f'"{key}" must be a text, the path of a control')
+                raise ValueError(f'"{key}" must be a text, the path of a file')
             found.append((int(match["number"] or -1), Path(value).expanduser()))
     return [path for _, path in sorted(found)]
 
@@ -128,7 +146,7 @@ def of_area(size: Size, resolution: Size, step: int) -> Size:
     return min(sizes, key=lambda found: abs(found[0] / found[1] - ratio))
 
 
-def place(paths: Iterable[Path], beside: Path) -> list[Path]:
+def place(paths: Iterable[Path], beside: Path, what: str) -> list[Path]:
     """Paths of a list: as they are, or beside the list where only that is there.
 
     Raises:
@@ -138,6 +156,6 @@ def place(paths: Iterable[Path], beside: Path) -> list[Path]:
     for path in paths:
         there = path if path.exists() or not (beside / path).exists() else beside / path
         if not there.exists():
-            raise ValueError(f"its control {path} is not there")
+            raise ValueError(f"its {what} {path} is not there")
         placed.append(there)
     return placed

@@ -32,6 +32,8 @@ class Fingerprint:
     """Size of each control, as `<width>x<height>`, where this part depends on controls."""
     control_sources: tuple[str, ...] = ()
     """Hash of each control's bytes."""
+    dataset: Mapping[str, str] = field(default_factory=dict)
+    """Keys of the dataset file that the family reads, with their values, in latent caches."""
     version: int = VERSION
 
     def dump(self) -> str:
@@ -66,6 +68,9 @@ class Fingerprint:
             found.append(f"its controls were {sizes[0]}, now {sizes[1]}")
         elif "control_sources" not in ignore and self.control_sources != wanted.control_sources:
             found.append("a control changed")
+        names = sorted({*self.dataset, *wanted.dataset})
+        pairs = [(name, self.dataset.get(name), wanted.dataset.get(name)) for name in names]
+        found += [f"{name} was {was}, now {now}" for name, was, now in pairs if was != now]
         if "settings" not in ignore:
             names = sorted({*self.settings, *wanted.settings})
             found += [f"{name} changed" for name in names if self.settings.get(name) != wanted.settings.get(name)]

@@ -59,6 +59,27 @@ def read_image(path: Path, bucket: Size) -> NDArray[np.uint8]:
     return to_bucket(rgb if turn is None else rgb.transpose(turn), bucket)
 
 
+def read_alpha(path: Path, bucket: Size) -> NDArray[np.uint8] | None:
+    """Opacity `[H, W]` of a picture, turned and brought to `bucket` as `read_image`; None where all is opaque.
+
+    Raises:
+        ValueError: the picture cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            turn = _TURNS.get(_orientation(image))
+            image.load()
+            if not image.has_transparency_data:
+                return None
+            alpha = image.convert("RGBA").getchannel("A")
+    except _FAULTS as error:
+        raise ValueError(_why(path, error)) from error
+    if alpha.getextrema() == (255, 255):
+        return None
+    upright = alpha if turn is None else alpha.transpose(turn)
+    return to_bucket(upright.convert("RGB"), bucket)[..., 0]
+
+
 def _why(path: Path, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return "is empty (0 bytes)"

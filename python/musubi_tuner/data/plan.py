@@ -62,7 +62,12 @@ def make_plan(
     hashed = lru_cache(maxsize=None)(content_hash)  # the clips of one video share its hash
     work: list[Planned] = []
     states: Counter[str] = Counter()
+    seen: set[Path] = set()
     for item in (item for found in scans for item in found.items):
+        if part == "text" and (path := item.text_path(spec.cache_tag)) in seen:
+            continue  # another clip of the same video
+        if part == "text":
+            seen.add(path)
         verdict = Verdict("stale", "--recache") if renew else _verdict(item, spec, part, settings, hashed)
         states[verdict.state] += 1
         if verdict.state in ("missing", "stale"):

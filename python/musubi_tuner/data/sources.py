@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,22 +34,31 @@ class MediaItem:
     """Width and height of the file."""
     bucket: Size
     stem: str
-    """What its cache names begin with."""
+    """What the names of its latent caches begin with."""
     frames: tuple[int, ...] = ()
     """Frames of the file that the clip holds; empty for a picture."""
     controls: tuple[Control, ...] = ()
     """Of a clip: clips of which the same frames are taken."""
+    targets: tuple[Path, ...] = ()
+    """Further target pictures, which follow the first as frames do."""
+    text_stem: str = ""
+    """What the name of its text cache begins with, where clips of one video share it."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Frames, height, width that are encoded."""
-        return (len(self.frames) or 1, self.bucket[1], self.bucket[0])
+        return (len(self.frames) or 1 + len(self.targets), self.bucket[1], self.bucket[0])
+
+    def said(self, spec: FamilySpec) -> dict[str, Any]:
+        """The dataset's values of the keys that the family reads; defaults too, but for None."""
+        values = {key: getattr(self.dataset, key) for key in spec.dataset_keys}
+        return {key: value for key, value in values.items() if value is not None}
 
     def latent_path(self, tag: str, section: int | None = None) -> Path:
         return self.dataset.cache_folder / latent_name(self.stem, self.size, tag, section)
 
     def text_path(self, tag: str) -> Path:
-        return self.dataset.cache_folder / text_name(self.stem, tag)
+        return self.dataset.cache_folder / text_name(self.text_stem or self.stem, tag)
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,8 @@ def scan(dataset: DatasetSpec, spec: FamilySpec) -> Scan:
     """
     check_resolution(dataset, spec)
     buckets = Buckets(dataset.resolution, dataset.enable_bucket, dataset.bucket_no_upscale, spec.resolution_step)
-    found = list(candidates(dataset))
+    grouped = dataset.multiple_target and "multiple_target" in spec.dataset_keys
+    found = list(candidates(dataset, grouped=grouped))
     with_controls = controls.most(spec) != 0 and _has_controls(dataset, found)
     items: list[MediaItem] = []
     left_out: list[LeftOut] = []
@@ -124,9 +135,15 @@ def _items(dataset: DatasetSpec, found: Candidate, buckets: Buckets, spec: Famil
         size = images.image_size(found.path)
         bucket = buckets.choose(size)
         sized = tuple(_image_control(path, bucket, dataset, buckets.step) for path in beside)
-        return [MediaItem(dataset, found.path, found.caption, size, bucket, found.stem, controls=sized)]
+        for path in found.targets:
+            _image_target(path)
+        return [
+            MediaItem(
+                dataset, found.path, found.caption, size, bucket, found.stem, controls=sized, targets=found.targets
+            )
+        ]
     info = video.probe(found.path)
-    kept = video.kept_frames(info.frames, dataset.source_fps, spec.target_fps)
+    kept = video.at_rate(found.path, info, dataset.source_fps, spec.target_fps)
     windows = video.windows(
         len(kept),
         dataset.frame_extraction,
@@ -151,6 +168,7 @@ def _items(dataset: DatasetSpec, found: Candidate, buckets: Buckets, spec: Famil
             clip_stem(found.stem, window.start, window.count),
             tuple(clip),
             sized,
+            text_stem=found.stem,
         )
         for window, clip in zip(windows, clips, strict=True)
     ]
@@ -166,6 +184,13 @@ def _image_control(path: Path, bucket: Size, dataset: DatasetSpec, step: int) ->
         return Control(path, controls.size_of(images.image_size(path), bucket, dataset, step))
     except ValueError as error:
         raise ValueError(f"its control {path.name} {error}") from error
+
+
+def _image_target(path: Path) -> None:
+    try:
+        images.image_size(path)
+    except ValueError as error:
+        raise ValueError(f"its target {path.name} {error}") from error
 
 
 def _video_control(path: Path, bucket: Size, last: int) -> Control:
@@ -185,7 +210,7 @@ def read_pixels(item: MediaItem) -> Tensor:
     Raises:
         ValueError: the file cannot be decoded.
     """
-    return _pixels(item.path, item.frames, item.bucket)
+    return torch.cat([_pixels(path, item.frames, item.bucket) for path in (item.path, *item.targets)], dim=1)
 
 
 def read_controls(item: MediaItem) -> tuple[Tensor, ...]:
@@ -203,14 +228,27 @@ def read_controls(item: MediaItem) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def read_masks(item: MediaItem) -> tuple[Tensor | None, ...]:
+    """Of each control its opacity `[1, F, H, W]` float32 in [0, 1] in its own size; None for an opaque one and a clip.
+
+    Raises:
+        ValueError: one cannot be decoded.
+    """
+    found: list[Tensor | None] = []
+    for control in item.controls:
+        alpha = None if item.frames else images.read_alpha(control.path, control.size)
+        found.append(None if alpha is None else torch.from_numpy(np.array(alpha)).float().div_(255.0)[None, None])
+    return tuple(found)
+
+
 def _pixels(path: Path, frames: Sequence[int], size: Size) -> Tensor:
     pixels = video.read_frames(path, frames, size) if frames else images.read_image(path, size)[None]
     own = torch.from_numpy(np.array(pixels))  # a copy: memory of Pillow's is read-only
     return own.permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0).contiguous()
 
 
-def to_encode(item: MediaItem, *, with_pixels: bool, with_controls: bool = False) -> Item:
-    """The item as a family's encode functions take it."""
+def to_encode(item: MediaItem, spec: FamilySpec, *, with_pixels: bool, with_controls: bool = False) -> Item:
+    """The item as the encode functions of a family take it."""
     frames, height, width = item.shape
     return Item(
         item.caption,
@@ -219,4 +257,6 @@ def to_encode(item: MediaItem, *, with_pixels: bool, with_controls: bool = False
         frames=frames,
         height=height,
         width=width,
+        masks=read_masks(item) if with_controls and spec.control_masks else (),
+        said=item.said(spec),
     )

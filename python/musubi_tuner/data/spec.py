@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.data.spec_keys import KEYS, LATER, MEDIA, RENAMED, SHARED, Check, Fault, Kind
+from musubi_tuner.data.spec_keys import KEYS, MEDIA, RENAMED, SHARED, SPECIAL, Check, Fault, Kind
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -54,8 +54,14 @@ class DatasetSpec:
     """Controls by the names of the items; see `controls`."""
     no_resize_control: bool = False
     control_resolution: tuple[int, int] | None = None
-    later: tuple[str, ...] = ()
-    """Keys that are valid and have no effect here yet."""
+    multiple_target: bool = False
+    """Pictures `name_0`, `name_1`, ... are further targets of the item `name`."""
+    fp_latent_window_size: int = 9
+    fp_1f_clean_indices: tuple[int, ...] | None = None
+    fp_1f_target_index: int | None = None
+    fp_1f_no_post: bool = False
+    special: tuple[str, ...] = ()
+    """Which of the keys `SPECIAL` the file gives."""
 
     @property
     def media(self) -> Path:
@@ -128,8 +134,7 @@ class _Reader:
             return None
         spec = DatasetSpec(number, f"{self.name}, {section}", kind)
         spec = replace(spec, **{"jsonl" if is_list else "directory": values.pop(media[0])})
-        later = tuple(key for key in LATER if key in values)
-        return replace(spec, later=later, **{key: value for key, value in values.items() if key not in later})
+        return replace(spec, special=tuple(key for key in SPECIAL if key in values), **values)
 
     def renamed(self, given: Mapping[str, Any], section: str) -> dict[str, Any]:
         """`given` under the present names of keys that were once spelt otherwise."""

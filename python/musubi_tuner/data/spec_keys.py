@@ -127,11 +127,11 @@ RENAMED: Mapping[str, str] = {
 }
 """Earlier spellings; the present one wins where a table has both."""
 
-LATER = (
+SPECIAL = (
     "multiple_target",
     "fp_latent_window_size",
     "fp_1f_clean_indices",
     "fp_1f_target_index",
     "fp_1f_no_post",
 )
-"""Known keys of families and modes that are not here yet."""
+"""Keys that only families which name them in `FamilySpec.dataset_keys` read."""

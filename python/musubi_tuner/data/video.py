@@ -2,13 +2,16 @@
 
 The windows of a video are pure arithmetic on its frame count. Reading decodes from the start up to the last frame
 that is asked for and brings each kept frame to its bucket at once, so memory is that of the clip as it is trained on.
-Frames are counted as they come out of the decoder, whatever their time stamps say; quarter turns that the file asks
-for are applied. A folder of pictures is a video too, its frames in the order of their names.
+Frames are counted as they come out of the decoder. A change of rate goes by their number where they are evenly spaced
+and by their time stamps where they are not. Quarter turns that the file asks for are applied. A folder of pictures is
+a video too, its frames in the order of their names.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, repeat
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,58 @@ def kept_frames(frames: int, source_fps: float | None, target_fps: float | None)
     return [i for i in range(frames) if i == 0 or ticks[i] != ticks[i - 1]]
 
 
+def at_rate(path: Path, info: VideoInfo, source_fps: float | None, target_fps: float | None) -> list[int]:
+    """Frames of a file that bring it from the user's `source_fps` down to `target_fps`.
+
+    By number, as `kept_frames`, where frames are evenly spaced; by presentation time where they are not: then the
+    result is even, and a frame that stands longer than a tick comes more than once.
+
+    Raises:
+        ValueError: not a video that can be opened.
+    """
+    if source_fps is None or target_fps is None or path.is_dir():
+        return kept_frames(info.frames, source_fps, target_fps)
+    times = frame_times(path)
+    if len(times) < info.frames or is_even(times):
+        return kept_frames(info.frames, source_fps, target_fps)
+    return at_times(times[: info.frames], min(source_fps, target_fps))
+
+
+def is_even(times: Sequence[float]) -> bool:
+    """Whether no frame is half an interval or more away from an even grid through the first and the last one."""
+    if len(times) < 3:
+        return True
+    step = (times[-1] - times[0]) / (len(times) - 1)
+    return all(abs(time - times[0] - i * step) < step / 2 for i, time in enumerate(times))
+
+
+def at_times(times: Sequence[float], rate: float) -> list[int]:
+    """The frame that is seen at each tick of `rate` a second, from the first frame's time to the last one's.
+
+    times: seconds, ascending. A frame that comes within a thousandth of a tick after it counts as there.
+    """
+    ticks = int((times[-1] - times[0]) * rate + 1e-3) + 1
+    return [bisect_right(times, times[0] + (tick + 1e-3) / rate) - 1 for tick in range(ticks)]
+
+
+@lru_cache(maxsize=4096)
+def _times(path: Path, _size: int, _modified: int) -> tuple[float, ...]:
+    with _opened(path) as (container, stream):
+        stamps = [packet.pts for packet in container.demux(stream) if packet.size]
+        base = float(stream.time_base) if stream.time_base else 0.0
+    return () if not base or None in stamps else tuple(sorted(stamp * base for stamp in stamps))
+
+
+def frame_times(path: Path) -> tuple[float, ...]:
+    """Presentation times of a file's frames in seconds, ascending; empty where it does not tell them. Not decoded.
+
+    Raises:
+        ValueError: not a video that can be opened.
+    """
+    stat = path.stat()
+    return _times(path, stat.st_size, stat.st_mtime_ns)
+
+
 def probe(path: Path) -> VideoInfo:
     """Frame count and size as seen; where the container does not state its count, packets are counted.
 
@@ -120,7 +175,7 @@ def probe(path: Path) -> VideoInfo:
 
 
 def read_frames(path: Path, indices: Sequence[int], bucket: Size) -> NDArray[np.uint8]:
-    """Frames `indices` (ascending) as `[F, H, W, 3]`, each brought to `bucket`.
+    """Frames `indices` (ascending, repeats allowed) as `[F, H, W, 3]`, each brought to `bucket`.
 
     Raises:
         ValueError: the video cannot be decoded or ends before the last index.
@@ -136,8 +191,9 @@ def read_frames(path: Path, indices: Sequence[int], bucket: Size) -> NDArray[np.
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
         for number, frame in enumerate(container.decode(stream)):
-            if number == upcoming:
-                found.append(to_bucket(_upright(frame), bucket))
+            shown = to_bucket(_upright(frame), bucket) if number == upcoming else None
+            while shown is not None and number == upcoming:
+                found.append(shown)
                 upcoming = next(wanted, None)
             if upcoming is None:
                 break

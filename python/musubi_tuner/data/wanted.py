@@ -27,10 +27,13 @@ def fingerprint(
         return Fingerprint(
             text_hash(item.caption), settings=settings, controls=beside, control_sources=hashes, entries=entries
         )
-    return Fingerprint(hashed(item.path), item.bucket, item.frames, settings, entries, beside, hashes)
+    targets = [hashed(path) for path in (item.path, *item.targets)]
+    source = targets[0] if not item.targets else text_hash(" ".join(targets))
+    dataset = {name: str(value) for name, value in item.said(spec).items()}
+    return Fingerprint(source, item.bucket, item.frames, settings, entries, beside, hashes, dataset)
 
 
 def media_of(item: MediaItem, part: Part, spec: FamilySpec) -> list[Path]:
     """The files that the cache is made of, its caption apart."""
-    own = [item.path] if part == "latent" else []
+    own = [item.path, *item.targets] if part == "latent" else []
     return own + ([control.path for control in item.controls] if sees_controls(spec, part) else [])

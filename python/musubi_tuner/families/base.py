@@ -5,8 +5,9 @@ exposes `family: Family`; `families.registry` finds it by folder. There is no ba
 differs between families is either a fact here or one of the calls below.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -122,6 +123,14 @@ class FamilySpec:
     target_fps: float | None = None
     """Frame rate that training clips are brought to."""
     resolution_step: int = 16
+    takes_pictures: tuple[str, ...] = ()
+    """Pictures that a request may come with, by role: `start`, `end`, `control`."""
+    reads_controls: bool = False
+    """Whether items' controls are encoded though no cache field is named `control`."""
+    control_masks: bool = False
+    """Whether the opacity of a control says what of it counts (`Item.masks`)."""
+    dataset_keys: tuple[str, ...] = ()
+    """Keys of a dataset file that only this family gives a meaning to (`Item.said`); see `data.spec_keys.SPECIAL`."""
     text_sees_controls: bool = False
     """Whether `encode_condition` looks at the items' controls, so that the text cache depends on them."""
     modelspec_resolution: str = "1280x720"
@@ -133,7 +142,12 @@ class FamilySpec:
 class Item:
     """One thing to encode: a training item, a preview or a generation request (then `pixels` is None).
 
-    pixels: `[C, F, H, W]` float32 in [-1, 1], already cropped to its bucket. controls: same layout, any sizes.
+    pixels: `[C, F, H, W]` float32 in [-1, 1], already cropped to its bucket; several target pictures of one item lie
+    on F. controls: same layout, any sizes.
+    masks: where the spec has `control_masks`, of each control `[1, F, H, W]` float32 in [0, 1], None for an opaque one.
+    roles: of a request, what each control is: `start`, `end` or `control`.
+    said: what the dataset file says to this family alone, by its `dataset_keys`, lists as tuples; of a request, what
+    its prompt line says to it.
     """
 
     caption: str
@@ -142,6 +156,9 @@ class Item:
     frames: int = 1
     height: int = 0
     width: int = 0
+    roles: tuple[str, ...] = ()
+    masks: tuple[Tensor | None, ...] = ()
+    said: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Encoders(Protocol):
@@ -160,6 +177,16 @@ class Vae(Protocol):
 
 Dit = nn.Module
 """A transformer: embed -> run(blocks, h, ctx) -> head; `forward` takes `run`. Block lists are named in the spec."""
+
+
+@runtime_checkable
+class FindsFiles(Protocol):
+    """A family that reads files which no option need name: tokenizers beside an encoder, say."""
+
+    def found_files(self, options: Any) -> Mapping[str, Path]:
+        """Such files by option name, for the options that a cache command hands to `load_encoders`; caches depend on
+        them. Nothing large is read. UserError where one is needed and not there."""
+        ...
 
 
 @runtime_checkable
@@ -188,7 +215,8 @@ class Family(Protocol):
     ) -> list[list[dict[str, Tensor]]]:
         """For items of one shape: the latent cache entries of each item, by `CacheField.name`.
 
-        Most families make one entry of an item; a sectioned family makes one of each section, in order.
+        Most families make one entry of an item; a sectioned family makes one of each section, in order. Of a request
+        with pictures (no `pixels`, but `controls`) it is one entry of what sampling needs, by names of the family's.
         """
         ...
 
@@ -218,4 +246,34 @@ class Family(Protocol):
 
     def predict(self, dit: Dit, x_t: Tensor, t: Tensor, cond: Conditioning, *, run: Run = direct) -> Tensor:
         """Velocity `[B, C, F, H, W]` at `x_t: [B, C, F, H, W]`, `t: [B]` in (0, 1] (float32 or float64)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a family that samples in its own way is handed for one request.
+
+    denoise: noise `[C, F, H, W]` and the fields of this run (they join the text's) -> latents of that shape, float32 on
+    the CPU; schedule, solver, guidance and step cache are bound already, and begin anew in each call.
+    draw: standard normal numbers of a shape, from the request's seed, one after the other.
+    """
+
+    denoise: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    draw: Callable[[Sequence[int]], Tensor]
+
+
+@runtime_checkable
+class OwnSampling(Protocol):
+    """The calls of a family whose sampling is not one loop of denoising; a family without them gets that loop."""
+
+    def plan(self, options: Any, values: Mapping[str, Any], said: Mapping[str, str]) -> Mapping[str, Any]:
+        """Values of a request (`frames`, `shift`, `solver`, ...) in place of `values`, where None means not given.
+
+        options: the family's first own group of the command. said: what the prompt's entry says to this family alone.
+        Raises UserError for what cannot be made.
+        """
+        ...
+
+    def generate(self, options: Any, item: Item, pictures: Mapping[str, Tensor], tools: Tools) -> Tensor:
+        """Latents `[C, F, H, W]` of a request, `pictures` being what `encode_latents` made of its controls."""
         ...

@@ -48,6 +48,7 @@ class ModelOptions:
         choices=MODES,
         parse=lambda text: _ATTENTION.get(text, text),
     )
+    split_attn: bool = option(False, help="attend sample by sample where captions of a batch have different lengths")
     device: str | None = option(None, help="where to compute, e.g. cuda:1 or cpu; CUDA when present if not given")
 
 
@@ -67,8 +68,14 @@ class PromptOptions:
     prompt: str | None = option(None, help="text to sample from")
     negative_prompt: str | None = option(None, help="text to lead away from, where guidance is on; empty if not given")
     from_file: str | None = option(
-        None, help="prompt file: one prompt per line with its own --w --h --f --d --s --l --fs --n", metavar="FILE"
+        None,
+        help="prompt file: one prompt per line with its own --w --h --f --d --s --g --l --fs --n --i --ei --ci",
+        metavar="FILE",
     )
+    interactive: bool = option(False, help="read such lines from the terminal, with the models kept loaded")
+    image_path: str | None = option(None, help="picture that the video begins with, or goes on from", metavar="FILE")
+    end_image_path: str | None = option(None, help="picture that the video ends with", metavar="FILE")
+    control_image_path: tuple[str, ...] = option((), help="control pictures", metavar="FILE")
     video_size: tuple[int, int] | None = option(
         None, help="height and width in pixels, in this order; the task's if not given", minimum=1
     )

@@ -25,6 +25,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.optim.build import evaluating
 from musubi_tuner.training.events import EpochRecord, Quiet, State, StepRecord
 from musubi_tuner.training.retention import Retention
+from musubi_tuner.training.shards import whole
 from musubi_tuner.training.state import remove_state, require_space
 from musubi_tuner.weights.reader import Header
 from musubi_tuner.weights.write import atomic_save_safetensors, data_sha256
@@ -80,7 +81,8 @@ class Saver(Quiet):
 
     metadata: (step, epoch) -> entries. optimizer: switched to the weights that are to be saved while they are written.
     size: bytes of a file, nearly. keep_states: a state with every file; last_state: one at the end. Asked to stop, it
-    writes a state in any case where `states` is given.
+    writes a state in any case where `states` is given. leads: False where another process writes, and `write` and
+    `states` only take part in gathering what is written.
     """
 
     names: Names
@@ -92,6 +94,7 @@ class Saver(Quiet):
     states: States | None = None
     keep_states: bool = False
     last_state: bool = False
+    leads: bool = True
     state: State = field(default_factory=State)
     saved: Callable[[Path], None] = tell_nobody
     """Told of every file and state that is whole."""
@@ -125,16 +128,15 @@ class Saver(Quiet):
             folder = state_of(self.names.step(state.step))
             if folder not in self.whole:
                 self._save_state(folder)
-            log.warning("stopped after step %d; go on with --resume %s", state.step, folder)
+            if self.leads:
+                log.warning("stopped after step %d; go on with --resume %s", state.step, folder)
 
     def _save(self, path: Path, step: int, epoch: int, *, with_state: bool) -> None:
         with self._told():
-            require_space(self.names.folder, self.size)
+            self._make_sure_of(self.size)
             with evaluating(self.optimizer):
                 self.write(path, self.metadata(step, epoch))
-        self.whole.append(path)
-        log.info("saved %s", path)
-        self.saved(path)
+        self._note(path)
         if with_state:
             self._save_state(state_of(path))
 
@@ -142,14 +144,22 @@ class Saver(Quiet):
         if self.states is None:
             return
         with self._told():
-            require_space(self.names.folder, self.states.size())
+            self._make_sure_of(self.states.size())
             self.states.write(folder, self.state)
-        self.whole.append(folder)
-        log.info("saved %s", folder)
-        self.saved(folder)
+        self._note(folder)
+
+    def _make_sure_of(self, size: int) -> None:
+        if self.leads:
+            require_space(self.names.folder, size)
+
+    def _note(self, path: Path) -> None:
+        self.whole.append(path)
+        if self.leads:
+            log.info("saved %s", path)
+            self.saved(path)
 
     def _remove(self, number: int | None, path_of: Callable[[int], Path]) -> None:
-        if number is None or not (path := path_of(number)).exists():
+        if number is None or not self.leads or not (path := path_of(number)).exists():
             return
         remove_state(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.whole = [other for other in self.whole if other != path]
@@ -173,18 +183,27 @@ def lora_file(adapters: AdapterSet, dtype: torch.dtype | None) -> Write:
 
 
 def model_file(
-    model: nn.Module, header: Header, rename: Callable[[str], str | None], dtype: torch.dtype | None
+    model: nn.Module,
+    header: Header,
+    rename: Callable[[str], str | None],
+    dtype: torch.dtype | None,
+    *,
+    leads: bool = True,
 ) -> Write:
     """Writes all weights under the keys of the checkpoint `header`, in its dtypes or in `dtype`; its own metadata
-    (the architecture of unusual models) is kept."""
+    (the architecture of unusual models) is kept. Weights in shards are gathered one by one by all processes, of which
+    one, which `leads`, writes."""
     keys = {name: key for key in header.tensors if (name := rename(key)) is not None}
 
     def write(path: Path, metadata: Mapping[str, str]) -> None:
         tensors: dict[str, Tensor] = {}
         for name, tensor in model.state_dict().items():
-            key = keys[name]
+            key, found = keys[name], whole(tensor)
             kept = header.tensors[key].dtype
-            tensors[key] = tensor.to(dtype if dtype is not None and kept.is_floating_point else kept)
+            if leads:
+                tensors[key] = found.to("cpu", dtype if dtype is not None and kept.is_floating_point else kept)
+        if not leads:
+            return
         digest = {"sshs_model_hash": data_sha256(tensors)}
         atomic_save_safetensors(path, tensors, {**header.metadata, **metadata, **digest})
 

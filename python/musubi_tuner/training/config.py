@@ -51,6 +51,7 @@ class ModelOptions:
             "--xformers": "xformers",
         },
     )
+    split_attn: bool = option(False, help="attend sample by sample where captions of a batch have different lengths")
     base_weights: tuple[str, ...] = option((), help="LoRA files to merge into the base before training")
     base_weights_multiplier: tuple[float, ...] = option(
         (), help="a multiplier for each of base_weights; 1 if not given"

@@ -28,6 +28,8 @@ from musubi_tuner.sampling.models import OpenDit, open_dit
 from musubi_tuner.training import fp8_report
 from musubi_tuner.training.checkpoint import Write, lora_file, model_file
 from musubi_tuner.training.config import ModelOptions, NetworkOptions
+from musubi_tuner.training.runtime import LocalRuntime
+from musubi_tuner.training.shards import own_part
 from musubi_tuner.training.step import Predict
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
@@ -89,7 +91,15 @@ def open_model(family: Family, model: ModelOptions, config: Mapping[str, Any] | 
     """
     multipliers = (*model.base_weights_multiplier, *[1.0] * len(model.base_weights))
     merges = [LoraMerge.from_file(p, m, strict=True) for p, m in zip(model.base_weights, multipliers, strict=False)]
-    return open_dit(family, model.dit, merges=merges, config=config, options=options, attn_mode=model.attn_mode)
+    return open_dit(
+        family,
+        model.dit,
+        merges=merges,
+        config=config,
+        options=options,
+        attn_mode=model.attn_mode,
+        split_attn=model.split_attn,
+    )
 
 
 def model_dtype(model: ModelOptions, computing: torch.dtype | None) -> torch.dtype:
@@ -176,26 +186,45 @@ def adapter(
 
 
 def whole_model(
-    dit: Dit, opened: OpenDit, *, rate: float, save_dtype: torch.dtype | None, parts: Sequence[str] = ()
+    dit: Dit,
+    opened: OpenDit,
+    runtime: LocalRuntime,
+    parts: Sequence[str] = (),
+    *,
+    rate: float,
+    save_dtype: torch.dtype | None,
 ) -> Trainable:
-    """Every weight of `dit`, unfrozen; saved in the layout of the checkpoint it was loaded from.
+    """Every weight of `dit`, unfrozen, in shards where `runtime` says so; saved in the layout of its checkpoint.
 
     parts: train only weights whose name has one of them. Raises UserError where one fits no name.
     """
     with open_checkpoint(opened.path) as checkpoint:
         header = checkpoint.header
-    every = dict(dit.named_parameters())
-    named = {name: p for name, p in every.items() if not parts or any(part in name for part in parts)}
-    if unused := [part for part in parts if not any(part in name for name in named)]:
-        close = nearest(unused[0], {piece for name in every for piece in name.split(".")}, 0.5)
+    _unfreeze(dit, parts)
+    runtime.shard(dit, opened.family.spec.blocks)
+    named = {name: parameter for name, parameter in dit.named_parameters() if parameter.requires_grad}
+    parameters = list(named.values())
+    count, here = (sum(p.numel() for p in of) for of in (parameters, map(own_part, parameters)))
+    log.info(
+        "training %s parameters in %d of %d tensors%s",
+        f"{count:,}",
+        len(named),
+        len(list(dit.parameters())),
+        f", {here:,} of them here" if here < count else "",
+    )
+    group = {"params": parameters, "lr": rate, "name": "all"}
+    write = model_file(dit, header, opened.family.rename_dit_key, save_dtype, leads=runtime.rank == 0)
+    return Trainable([group], write, named=named)
+
+
+def _unfreeze(dit: Dit, parts: Sequence[str]) -> None:
+    """Let gradients come to weights whose name has one of `parts`, to all without parts. Raises UserError."""
+    names = [name for name, _ in dit.named_parameters()]
+    if unused := [part for part in parts if not any(part in name for name in names)]:
+        close = nearest(unused[0], {piece for name in names for piece in name.split(".")}, 0.5)
         raise UserError(
             f"trainable_modules: no weight has {', '.join(map(repr, unused))} in its name"
             + (f"; did you mean {close}?" if close else "")
         )
-    dit.requires_grad_(False)
-    parameters = [parameter.requires_grad_(True) for parameter in named.values()]
-    count = f"{sum(p.numel() for p in parameters):,}"
-    log.info("training %s parameters in %d of %d tensors", count, len(named), len(every))
-    group = {"params": parameters, "lr": rate, "name": "all"}
-    write = model_file(dit, header, opened.family.rename_dit_key, save_dtype)
-    return Trainable([group], write, named=named)
+    for name, parameter in dit.named_parameters():
+        parameter.requires_grad_(not parts or any(part in name for part in parts))

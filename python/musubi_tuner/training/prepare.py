@@ -19,6 +19,7 @@ from musubi_tuner.training.config import (
     NetworkOptions,
     OptimizerOptions,
     RunOptions,
+    SampleOptions,
     SaveOptions,
     TimestepOptions,
 )
@@ -66,6 +67,8 @@ def prepare(family: Family, options: Resolved) -> Setting:
     opened = open_model(family, options[ModelOptions], sizes, own[0] if own else None)
     names = Names(output_folder(save.output_dir), output_name(save.output_name))
     runtime = launched(chosen.mixed_precision, options[MachineOptions].timeout)
+    if runtime.sharded:
+        _check_sharded(options)
     model_dtype(options[ModelOptions], runtime.dtype)
     prepare_machine(options[MachineOptions], runtime.device)
     uploads = open_uploads(options[HubOptions]) if runtime.rank == 0 else None
@@ -74,7 +77,7 @@ def prepare(family: Family, options: Resolved) -> Setting:
     seed = chosen.seed if resume is None or chosen.seed is not None else resume.seed
     seed = runtime.agree(secrets.randbits(32) if seed is None else seed)
     source = _data(family, options[DataOptions], runtime, seed)
-    plan, state = _plan(chosen, states, resume, runtime, runtime.most(len(source)))
+    plan, state = _plan(chosen, states, resume, runtime, source.longest)
     rehearse(options[OptimizerOptions], options[TimestepOptions], family.spec, steps=plan.max_steps)
     if runtime.rank == 0 and (left := remove_leftovers(names.folder, names.name)):
         log.info("removed what a killed run left unfinished: %s", ", ".join(path.name for path in left))
@@ -87,6 +90,20 @@ def _states(options: Resolved) -> StateOptions:
     if states.resume is None or not hub.resume_from_huggingface:
         return states
     return replace(states, resume=fetched(states.resume, hub))
+
+
+def _check_sharded(options: Resolved) -> None:
+    """Raises UserError for what a launch with FSDP cannot do."""
+    if not options[ModelOptions].full_finetune:
+        raise UserError(
+            "the launcher asks for FSDP, which splits weights that are trained, and an adapter has few: use a plain "
+            "launch (`accelerate launch --multi_gpu --num_processes N`), or train all weights with --full_finetune"
+        )
+    if options[SampleOptions].sample_prompts is not None:
+        raise UserError(
+            "previews are made by one process and with FSDP none has the whole model: leave out --sample_prompts, and "
+            "render from the saved files"
+        )
 
 
 def _data(family: Family, chosen: DataOptions, runtime: LocalRuntime, seed: int) -> CachedBatches:

@@ -25,7 +25,7 @@ from musubi_tuner.config.options import Resolved
 from musubi_tuner.data.batches import CachedBatches
 from musubi_tuner.families.base import Family
 from musubi_tuner.optim.build import parse_arguments
-from musubi_tuner.training import foreign
+from musubi_tuner.training import foreign, shards
 from musubi_tuner.training.config import LogOptions, SampleOptions, SaveOptions
 from musubi_tuner.training.events import State
 from musubi_tuner.training.hub import HubOptions
@@ -109,8 +109,15 @@ class StateWriter:
             made=versions(),
             not_exact=list(facts.not_exact),
         )
-        weights = {name: parameter.detach() for name, parameter in self.named.items()}
-        write_state(folder, manifest, weights, self.optimizer.state_dict())
+        leads = self.runtime.rank == 0
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.named.items():  # tensors in shards are gathered by all processes, one at a time
+            found = shards.whole(parameter.detach())
+            if leads:
+                weights[name] = found.cpu()
+        optimizer = shards.gathered(self.optimizer.state_dict())
+        if leads:
+            write_state(folder, manifest, weights, optimizer)
 
 
 def class_name(optimizer: torch.optim.Optimizer) -> str:
@@ -175,7 +182,8 @@ class Resume:
             epochs, steps = foreign.position(self.folder)
             return at_step(epochs * plan.steps_per_epoch(batches) if steps is None else steps, plan, batches)
         before = self.manifest
-        batch = min(before.batch * before.world // world, batches)
+        done, whole = before.batch * before.world, before.data.get("batches")
+        batch = batches if whole and done >= whole else min(done // world, batches)
         return State(before.step, before.epoch, batch, list(before.recent))
 
     def restore(
@@ -275,7 +283,11 @@ def load_optimizer(
     before = [name for group in groups for name in group]
     after = [name for group in names for name in group]
     place = {name: i for i, name in enumerate(before)}
-    state = {i: stored["state"][place[name]] for i, name in enumerate(after) if place.get(name) in stored["state"]}
+    state = {
+        i: {key: _shard(value, named[name]) for key, value in stored["state"][place[name]].items()}
+        for i, name in enumerate(after)
+        if place.get(name) in stored["state"]
+    }
     same = [list(group) for group in groups] == names
     kept = [{k: v for k, v in group.items() if k != "params"} for group in (stored["param_groups"] if same else fresh)]
     settings = [{key: group[key] for key in (*own, "initial_lr") if key in group} for group in fresh]
@@ -290,6 +302,10 @@ def load_optimizer(
         group.update(setting)
         if label is not None:
             group["name"] = label
+
+
+def _shard(value: Any, parameter: nn.Parameter) -> Any:
+    return shards.like(value, parameter) if isinstance(value, Tensor) else value
 
 
 def _fill(named: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -307,7 +323,7 @@ def _fill(named: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], fold
         )
     with torch.no_grad():
         for name, parameter in named.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(shards.like(tensors[name], parameter))
 
 
 def with_departures(facts: RunFacts, resume: Resume | None) -> RunFacts:

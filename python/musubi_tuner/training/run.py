@@ -79,7 +79,7 @@ def run(family: Family, options: Resolved) -> None:
         observers = _with_previews(setting, observers, prompts, dit, step)
     log.info("%d steps, precision %s, on %s", plan.max_steps, runtime.precision, runtime.device)
     dit.train()
-    watching = observers if runtime.rank == 0 else ()
+    watching = observers if runtime.rank == 0 else observers[:1] if runtime.sharded else ()
     with interruptible(runtime) as stop, runtime.speaking():
         train(step, setting.source, plan, rate=rate, observers=watching, state=setting.state, stop=stop)
     runtime.close()
@@ -103,18 +103,19 @@ def _encoded_prompts(of: Setting) -> preview.Encoded | None:
     """What previews need of the text encoder, which is gone when this returns; None without previews."""
     if of.options[SampleOptions].sample_prompts is None or of.runtime.rank != 0:
         return None
-    return preview.encode(of.family, of.options, device=of.runtime.device)
+    return preview.encode(of.family, of.options, device=of.runtime.device, dit=of.opened.dit)
 
 
 def _model(of: Setting) -> tuple[Dit, Trainable]:
     """The transformer and what of it is trained. Trained weights are float32 whatever the precision of the rest."""
     model, save_dtype = of.options[ModelOptions], of.options[SaveOptions].dtype
     rate = of.options[OptimizerOptions].learning_rate
-    dit = of.opened.load(weight_policy(of.family.spec, model, model_dtype(model, of.runtime.dtype)), of.runtime.device)
+    place = torch.device("cpu") if of.runtime.sharded else of.runtime.device
+    dit = of.opened.load(weight_policy(of.family.spec, model, model_dtype(model, of.runtime.dtype)), place)
     if model.fp8_report and model.fp8_base and of.runtime.rank == 0:
         report_fp8(dit, of.opened, of.names.folder, of.names.name)
     if model.full_finetune:
-        return dit, whole_model(dit, of.opened, rate=rate, save_dtype=save_dtype, parts=model.trainable_modules)
+        return dit, whole_model(dit, of.opened, of.runtime, model.trainable_modules, rate=rate, save_dtype=save_dtype)
     network = of.options[NetworkOptions]
     return dit, adapter(dit, of.family.spec, network, rate=rate, seed=of.seed, save_dtype=save_dtype)
 
@@ -138,6 +139,7 @@ def _step(of: Setting, dit: Dit, trainable: Trainable, optimizer: torch.optim.Op
         timestep_offset=times.timestep_offset,
         max_grad_norm=of.options[OptimizerOptions].max_grad_norm,
         watch=meters.losses,
+        spare=of.source.spare if of.runtime.sharded else None,
     )
 
 
@@ -146,7 +148,7 @@ def _observers(of: Setting, step: Step, trainable: Trainable, meters: Meters, ru
     save = of.options[SaveOptions]
     facts = metadata.Facts(
         steps=of.plan.max_steps,
-        epochs=of.plan.epochs(len(of.source)),
+        epochs=of.plan.epochs(of.source.longest),
         seed=of.seed,
         precision=of.runtime.precision,
         optimizer=described(step.optimizer, of.options[OptimizerOptions].optimizer_args),
@@ -168,6 +170,7 @@ def _observers(of: Setting, step: Step, trainable: Trainable, meters: Meters, ru
         keep_states=states.save_state,
         last_state=states.save_state_on_train_end,
         saved=tell_nobody if of.uploads is None else of.uploads.send,
+        leads=of.runtime.rank == 0,
     )
     board = open_tracker(of.options, meters.read) if of.runtime.rank == 0 else None
     uploads = [of.uploads] if of.uploads else []

@@ -5,7 +5,8 @@ and tests want; `launched` asks accelerate (its launcher's environment, its conf
 process group this process has, and returns the same class filled in.
 
 Models are not wrapped for several processes: the trained tensors' gradients are averaged between backward and
-clipping. A LoRA's gradients are small, and a family's `predict` may then look at any attribute of its model.
+clipping. A LoRA's gradients are small, and a family's `predict` may then look at any attribute of its model. Where the
+launcher asks for FSDP2, a whole model that is trained is split over the processes instead (`training.shards`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.training import shards
 
 _DTYPES: dict[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -64,19 +66,38 @@ class Runtime(Protocol):
 
 
 class LocalRuntime:
-    """Plain torch: autocast by `precision`, a loss scaler for fp16, gradients averaged when `world` > 1."""
+    """Plain torch: autocast by `precision`, a loss scaler for fp16, gradients averaged when `world` > 1.
+
+    sharding: settings of `fully_shard` where weights are to lie in shards; gradients are then averaged by backward.
+    """
 
     def __init__(
-        self, device: torch.device | str = "cpu", precision: str = "no", *, rank: int = 0, world: int = 1
+        self,
+        device: torch.device | str = "cpu",
+        precision: str = "no",
+        *,
+        rank: int = 0,
+        world: int = 1,
+        sharding: Mapping[str, Any] | None = None,
     ) -> None:
         self.device, self.precision = torch.device(device), precision
-        self.rank, self.world = rank, world
+        self.rank, self.world, self._sharding = rank, world, sharding
         if precision not in ("no", *_DTYPES):
             raise UserError(f"mixed_precision = {precision!r}: use no, fp16 or bf16")
         if precision == "fp16" and self.device.type != "cuda":
             raise UserError(f"mixed_precision = fp16 needs a CUDA device, this is {self.device}: use bf16 or no")
         self._skipped = 0
         self._scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the trained weights lie in shards: every process must then take part in every pass."""
+        return self._sharding is not None
+
+    def shard(self, model: nn.Module, blocks: Sequence[str]) -> None:
+        """Split a model whose weights are all trained, where the launcher asked for that."""
+        if self._sharding is not None:
+            shards.split(model, blocks, self.device, self._sharding)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -92,11 +113,12 @@ class LocalRuntime:
         (loss if self._scaler is None else self._scaler.scale(loss)).backward()
 
     def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-        if self.world > 1:
+        if self.world > 1 and not self.sharded:
             average_gradients(parameters, self.world)
         if self._scaler is not None:
             self._scaler.unscale_(optimizer)
-        norm = float(nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf))
+        with _together() if self.sharded else nullcontext():
+            norm = float(shards.whole(nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else math.inf)))
         if self._scaler is not None:
             self._scaler.step(optimizer)
             self._scaler.update()
@@ -145,12 +167,20 @@ class LocalRuntime:
 
     @contextmanager
     def speaking(self) -> Iterator[None]:
-        """A user's fault in the block may be this process's alone: all but the first, which is heard anyway, log it."""
+        """A user's fault in the block may be this process's alone: all but the first, which is heard anyway, log it.
+
+        Where weights lie in shards, processes also meet inside the model: another one that is gone gets its sentence.
+        """
         try:
             yield
         except UserError as fault:
             if self.rank:
                 log.error("%s", fault)
+            raise
+        except RuntimeError as fault:
+            told = isinstance(fault, ProcessLost) or not self.sharded
+            if not told and (isinstance(fault, dist.DistError) or "gloo" in str(fault)):
+                raise _lost(fault) from fault
             raise
 
     def close(self) -> None:
@@ -193,23 +223,27 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as fault:
-        raise ProcessLost(
-            "another process of this run has ended or cannot be reached, so this one ends too: look for that "
-            f"process's own message, mend it, and go on from the last state with --resume ({fault})"
-        ) from fault
+        raise _lost(fault) from fault
+
+
+def _lost(fault: RuntimeError) -> ProcessLost:
+    return ProcessLost(
+        "another process of this run has ended or cannot be reached, so this one ends too: look for that process's own "
+        f"message, mend it, and go on from the last state with --resume ({fault})"
+    )
 
 
 def launched(mixed_precision: str | None = None, timeout: datetime.timedelta | None = None) -> LocalRuntime:
     """The runtime of this process as accelerate's launcher set it up. `mixed_precision`: None = the launcher's.
     timeout: how long processes wait for each other, None = torch's limit.
 
-    Raises UserError for launches that this trainer does not support (DeepSpeed, FSDP, fp8 autocast).
+    Raises UserError for launches that this trainer does not support (DeepSpeed, FSDP 1, fp8 autocast).
     """
     from accelerate import PartialState
 
-    for variable, kind in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
-        if _flag(variable):
-            raise UserError(f"the launcher asks for {kind}: use a plain launch (`accelerate launch --num_processes N`)")
+    if _flag("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError("the launcher asks for DeepSpeed: use a plain launch (`accelerate launch --num_processes N`)")
+    sharding = _sharding() if _flag("ACCELERATE_USE_FSDP") else None
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     if precision == "fp8":
         raise UserError("the launcher asks for mixed_precision = fp8: use bf16, and --fp8_base for FP8 weights")
@@ -218,7 +252,30 @@ def launched(mixed_precision: str | None = None, timeout: datetime.timedelta | N
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != wanted:
         raise UserError(f"the launcher started {wanted} processes, but they do not know of each other: {_ON_CPUS}")
-    return LocalRuntime(state.device, precision, rank=state.process_index, world=state.num_processes)
+    if sharding is not None and precision == "fp16":
+        raise UserError("the launcher asks for FSDP and mixed_precision = fp16: use bf16, which needs no loss scaling")
+    return LocalRuntime(
+        state.device,
+        precision,
+        rank=state.process_index,
+        world=state.num_processes,
+        sharding=sharding if wanted > 1 else None,
+    )
+
+
+def _sharding() -> dict[str, Any]:
+    """The settings of `fully_shard` that the launcher's `--fsdp_*` ask for. Raises UserError for others."""
+    from accelerate import FullyShardedDataParallelPlugin
+
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"the launcher asks for FSDP {version}: use --fsdp_version 2, the only one that is supported")
+    for variable, option in (("FSDP_OFFLOAD_PARAMS", "offload_params"), ("FSDP_ACTIVATION_CHECKPOINTING", "")):
+        if _flag(variable):
+            instead = "leave it out" if option else "use this trainer's --gradient_checkpointing"
+            raise UserError(f"the launcher sets {variable}, which is not supported: {instead}")
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    return {"reshard_after_forward": plugin.reshard_after_forward}
 
 
 _ON_CPUS = "on CPUs, use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`, or torchrun"

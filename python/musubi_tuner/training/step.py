@@ -61,6 +61,7 @@ class Step:
 
     weight: w(t), None for 1. timestep_offset: the model is told t + offset / 1000; mixing and target use t.
     max_grad_norm: 0 does not clip. watch: told t [B] and the loss of each item [B] (`meters.Meters.losses`).
+    spare: gives a batch for passes that this process makes for others' sake alone, where weights lie in shards.
     """
 
     predict: Predict
@@ -72,6 +73,7 @@ class Step:
     timestep_offset: float = 0.0
     max_grad_norm: float = 1.0
     watch: Callable[[Tensor, Tensor], None] | None = None
+    spare: Callable[[], Batch] | None = None
 
     def __call__(self, group: Sequence[Batch]) -> StepResult:
         """Forward and backward over `group`, each item of all processes with the same weight, then one update.
@@ -80,11 +82,14 @@ class Step:
         parameters are then as before the step.
         """
         share = self.runtime.average(sum(len(batch.items) for batch in group))  # of the step's items, in the mean
+        idle = [] if self.spare is None else [self.spare] * (self.runtime.most(len(group)) - len(group))
         total = torch.zeros((), device=self.runtime.device)
         for batch in group:
             part = self.loss(batch) * (len(batch.items) / share)
             self.runtime.backward(part)
             total += part.detach()
+        for spare in idle:
+            self.runtime.backward(self.loss(spare()) * 0.0)
         loss = self.runtime.average(float(total))
         if not math.isfinite(loss):
             self.optimizer.zero_grad(set_to_none=True)
@@ -111,7 +116,7 @@ class Step:
 
 def _named(group: Sequence[Batch]) -> str:
     """The batches of a step, for a message."""
-    told = [f"batch {b.index} of epoch {b.epoch}: items {', '.join(map(str, b.items))}" for b in group[:4]]
+    told = [f"batch {b.index} of epoch {b.epoch}: items {', '.join(b.names or map(str, b.items))}" for b in group[:4]]
     return "; ".join(told) or "no batch of this process"
 
 

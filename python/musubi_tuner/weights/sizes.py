@@ -5,7 +5,7 @@ The names are the fields of the architecture's own dataclass; a name that is non
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from musubi_tuner.config.errors import UserError
@@ -26,3 +26,8 @@ def named_fields(kind: type, given: str | Mapping[str, Any] | None, where: str) 
     if unknown:
         raise UserError(f"{where}: {unknown[0]} is not a size of this model; use {', '.join(known)}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+
+
+def members(keys: Iterable[str | None], prefix: str) -> int:
+    """Members of the list of modules at `prefix` (with its dot) that `keys` name."""
+    return len({key[len(prefix) :].split(".")[0] for key in keys if key is not None and key.startswith(prefix)})

@@ -42,6 +42,7 @@ SPEC: Final = FamilySpec(
         )
     },
     default_task="t2v",
+    takes_pictures=("start",),
     target_fps=24.0,
     option_defaults={"vae_dtype": "float16"},
 )

@@ -1,6 +1,7 @@
 """Wan 2.1: text-to-video and text-to-image."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from musubi_tuner.families.base import Conditioning, Dit, Encoders, FamilySpec, 
 from musubi_tuner.families.wan import keys, options, predict, text, vae
 from musubi_tuner.families.wan.config import check_task, wan_config
 from musubi_tuner.families.wan.model import WanModel
+from musubi_tuner.families.wan.options import CacheTextEncoderOptions
 from musubi_tuner.families.wan.spec import SPEC
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.weights.reader import Header
@@ -35,6 +37,12 @@ class WanFamily:
         if options is None or not options.t5:
             return None
         return text.load_text_encoder(options.t5, options.t5_tokenizer, fp8=options.fp8_t5, device=device, dtype=dtype)
+
+    def found_files(self, options: Any) -> Mapping[str, Path]:
+        """The tokenizer, named or found beside umt5."""
+        if not isinstance(options, CacheTextEncoderOptions) or not Path(options.t5).exists():
+            return {}  # loading says what is wrong
+        return {"t5_tokenizer": text.tokenizer_file(options.t5, options.t5_tokenizer)}
 
     def load_vae(
         self,

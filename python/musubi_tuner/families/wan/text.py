@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import Fp8Targets
 from musubi_tuner.families.wan.keys import text_key
-from musubi_tuner.nn.text.tokenizers import find_folder, load_t5_tokenizer
+from musubi_tuner.nn.text.tokenizers import find_words, load_t5_tokenizer
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import Header, open_checkpoint
@@ -88,7 +88,7 @@ def load_text_encoder(
     """The encoder of the original file with its tokenizer. Raises UserError naming the file at fault."""
     with open_checkpoint(path) as checkpoint:
         config = text_config(checkpoint.header)
-        folder = find_folder(tokenizer, "t5_tokenizer", Path(path), _TOKENIZER_FOLDERS, _REPOSITORY)
+        folder = tokenizer_file(path, tokenizer).parent
         words = load_t5_tokenizer(folder)
         if len(words) > config.vocab_size:
             raise UserError(
@@ -101,6 +101,11 @@ def load_text_encoder(
         report = materialize(model, checkpoint, rename=text_key, policy=policy, device=device)
     log.info("%s: %s", path, report.summary())
     return WanTextEncoder(model.eval(), words, config.max_length)
+
+
+def tokenizer_file(path: str, named: str | None) -> Path:
+    """The tokenizer of the encoder at `path`. Raises UserError where there is none."""
+    return find_words(named, "t5_tokenizer", Path(path), _TOKENIZER_FOLDERS, _REPOSITORY)
 
 
 def text_config(header: Header) -> TextConfig:

@@ -46,6 +46,12 @@ def find_folder(named: str | None, option: str, beside: Path, places: Sequence[s
     )
 
 
+def find_words(named: str | None, option: str, beside: Path, places: Sequence[str], repo: str) -> Path:
+    """The file that the loaders below read of the folder that `find_folder` gives: the first of `FILES` in it."""
+    folder = find_folder(named, option, beside, places, repo)
+    return next(folder / name for name in FILES if (folder / name).is_file())
+
+
 def _is_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in FILES)
 
