@@ -70,7 +70,11 @@ def expected_mma(report: Report) -> str:
 def baseline_rows(reports: Iterable[Report]) -> dict[str, dict[str, float]]:
     """What is stored of the hot kernels."""
     return {
-        report.key: {"per_mma": round(report.per_mma, 4), "loop": report.loop, "registers": report.registers}
+        report.key: {
+            "per_mma": round(report.per_mma, 4),
+            "per_step": round(report.per_step, 1),
+            "registers": report.registers,
+        }
         for report in sorted(reports, key=lambda r: r.key)
         if report.hot and not report.error
     }

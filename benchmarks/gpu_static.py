@@ -54,9 +54,10 @@ class Survey:
 
 
 def launch_of(report: Report) -> str:
-    """Tile, warps, stages and the type of x out of a row's name: `128x128x64-w8s3-bf16`, `-swap` before the type."""
-    parts = report.config.split("-")
-    return "-".join(parts[: 4 if "swap" in parts[:3] else 3])
+    """What decides a plain product too, out of a row's name: `128x128x64-w8s3-bf16`, with `-swap` before the type."""
+    tile, launch, *rest = report.config.split("-")
+    kind = next((word for word in rest if word in ("bf16", "fp16", "fp32")), "")
+    return "-".join([tile, launch, *(["swap"] if "swap" in rest else []), kind])
 
 
 def kind_of(report: Report) -> str:
@@ -64,13 +65,13 @@ def kind_of(report: Report) -> str:
     return launch_of(report).rpartition("-")[2]
 
 
-def survey(*, everything: bool = False, plain: bool = True, workers: int = 2) -> Survey:
-    """Compile and read all that is shipped (the core, or `everything`), and its companions where `plain`."""
+def survey(*, everything: bool = False, plain: bool = True, only: str = "", workers: int = 2) -> Survey:
+    """Compile and read the core of what is shipped, or `everything`, with `only` in its name; companions if `plain`."""
     with Compiler(workers) as compiler:
         jobs = [
             Job(SHIPPED, index, target)
             for index, entry in enumerate(compiler.entries(SHIPPED))
-            if everything or entry["core"]
+            if (everything or entry["core"]) and only in entry["name"]
             for target in entry["targets"]
         ]
         beside = [
@@ -179,11 +180,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="gates and baseline; exit 1 on a miss")
     parser.add_argument("--update", action="store_true", help="rewrite the baseline")
     parser.add_argument("--all", action="store_true", help="rare types too")
+    parser.add_argument("--only", default="", metavar="WORDS", help="kernels with this in their name, no plain ones")
     parser.add_argument("--workers", type=int, default=2, help="compile processes (default 2)")
     options = parser.parse_args(arguments)
+    if options.only and (options.check or options.update):
+        parser.error("--only shows a part; --check and --update are about all kernels")
 
     started, version = time.monotonic(), importlib.metadata.version("triton")
-    result = survey(everything=options.all, workers=options.workers)
+    result = survey(everything=options.all, plain=not options.only, only=options.only, workers=options.workers)
     print(table(result))
     count = f"{len(result.shipped)} Triton, {len(result.plain)} plain, {len(result.native)} CUDA rows"
     print(f"\n{count}, Triton {version}, {time.monotonic() - started:.0f} s; nothing ran on a GPU")

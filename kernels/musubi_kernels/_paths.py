@@ -84,11 +84,16 @@ def run(sizes: Sizes, ways: Mapping[Way, Callable[[], Any]]) -> Any:
     if chosen is None:
         if not _may_measure(sizes.device):
             return ways[rule_of_thumb(sizes, names)]()
-        times = {way: _seconds(call, sizes.device) for way, call in ways.items()}
-        chosen = min(times, key=times.__getitem__)
-        _TABLE.put(sizes.key(), chosen, times)
+        chosen = _measured(sizes, ways)
     _SETTLED[known] = chosen
     return ways[chosen]()
+
+
+def _measured(sizes: Sizes, ways: Mapping[Way, Callable[[], Any]]) -> Way:
+    times = {way: _seconds(call, sizes.device) for way, call in ways.items()}
+    best = min(times, key=times.__getitem__)
+    _TABLE.put(sizes.key(), best, times)
+    return best
 
 
 def decide(sizes: Sizes, ways: tuple[Way, ...]) -> tuple[Way | None, str]:

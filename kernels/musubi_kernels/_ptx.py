@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from musubi_kernels._minifloat import E4M3, E5M2, Array, decode_bf16, decode_fp8, encode_bf16, encode_fp8
+from musubi_kernels._minifloat import E4M3, E5M2, Array, Minifloat, decode_bf16, decode_fp8, encode_bf16, encode_fp8
 
 Operation = Callable[..., Array]
 
@@ -263,26 +263,25 @@ OPERATIONS: Final[dict[str, Operation]] = {
 }
 
 
-def _fp8_opcodes() -> dict[str, Operation]:
+def _fp8_opcodes(name: str, form: Minifloat) -> dict[str, Operation]:
     """Conversions between two FP8 codes in 16 bits and pairs of wider values."""
-    table: dict[str, Operation] = {}
-    for name, form in (("e4m3x2", E4M3), ("e5m2x2", E5M2)):
 
-        def codes(bits: Array, part: int, form: object = form) -> Array:
-            byte = ((_u(bits) >> np.uint32(8 * part)) & np.uint32(255)).astype(np.uint8)
-            return decode_fp8(byte, E4M3 if form is E4M3 else E5M2)
+    def code(bits: Array, part: int) -> Array:
+        return decode_fp8(((_u(bits) >> np.uint32(8 * part)) & np.uint32(255)).astype(np.uint8), form)
 
-        def join(low: Array, high: Array, form: object = form) -> Array:
-            chosen = E4M3 if form is E4M3 else E5M2
-            return encode_fp8(low, chosen).astype(np.uint32) | (encode_fp8(high, chosen).astype(np.uint32) << 8)
+    def join(low: Array, high: Array) -> Array:
+        return encode_fp8(low, form).astype(np.uint32) | (encode_fp8(high, form).astype(np.uint32) << np.uint32(8))
 
-        table[f"cvt.rn.f16x2.{name}"] = lambda a, codes=codes: _pair(_bits16(codes(a, 0)), _bits16(codes(a, 1)))
-        table[f"cvt.rn.satfinite.{name}.f32"] = lambda a, b, join=join: join(f32(b), f32(a))
-        table[f"cvt.rn.satfinite.{name}.f16x2"] = lambda a, join=join: join(f16(_low(a)), f16(_high(a)))
-    return table
+    return {
+        f"cvt.rn.f16x2.{name}": lambda a: _pair(_bits16(code(a, 0)), _bits16(code(a, 1))),
+        f"cvt.rn.bf16x2.{name}": lambda a: _pair(_bits_bf16(code(a, 0)), _bits_bf16(code(a, 1))),
+        f"cvt.rn.satfinite.{name}.f32": lambda a, b: join(f32(b), f32(a)),
+        f"cvt.rn.satfinite.{name}.f16x2": lambda a: join(f16(_low(a)), f16(_high(a))),
+    }
 
 
-OPERATIONS.update(_fp8_opcodes())
+OPERATIONS.update(_fp8_opcodes("e4m3x2", E4M3))
+OPERATIONS.update(_fp8_opcodes("e5m2x2", E5M2))
 for _name, _compute in _ARITHMETIC.items():
     OPERATIONS[f"{_name}.f32"] = _float(_compute, f32, _bits32)
     OPERATIONS[f"{_name}.f16"] = _float(_compute, f16, _bits16)

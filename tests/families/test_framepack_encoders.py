@@ -310,7 +310,7 @@ def test_f1_makes_them_in_the_order_of_time(caplog):
     told, found = made(GenerationOptions(latent_window_size=2, f1=True), more)
     assert found == [1, 10, 10, 20, 20, 30, 30]
     assert [f["clean"][0, :, 0, 0].tolist() for f in told] == [[1, 1], [1, 10], [1, 20]]
-    assert told[2]["clean_2x"][0, :, 0, 0].tolist() == [10, 10]
+    assert told[2]["clean_2x"][0, :, 0, 0].tolist() == [10, 20]
     assert "--end_image_path has no effect with --f1" in caplog.text
 
 

@@ -389,6 +389,7 @@ def test_unknown_assembly_is_refused_with_its_text() -> None:
         ("mov.b32 $0, {$1, $2};", (0x1234, 0xABCD), 0xABCD1234),
         ("{.reg .b16 lo, hi; mov.b32 {lo, hi}, $1; cvt.u32.u16 $0, hi;}", (0xABCD1234,), 0xABCD),
         ("cvt.rn.f16x2.e4m3x2 $0, $1;", (0x3840,), 0x3C004000),  # 1, 2
+        ("cvt.rn.bf16x2.e4m3x2 $0, $1;", (0x3840,), 0x3F804000),
         ("cvt.rn.satfinite.e4m3x2.f32 $0, $1, $2;", (0x3F800000, 0x7F000000), 0x387E),
         ("cvt.rn.bf16x2.f32 $0, $1, $2;", (0x3F800000, 0x40000000), 0x3F804000),
         ("fma.rn.bf16x2 $0, $1, $2, $3;", (0x40003F80, 0x40004000, 0x3F803F80), 0x40A04040),

@@ -156,7 +156,7 @@ class Saver(Quiet):
         self.whole.append(path)
         if self.leads:
             log.info("saved %s", path)
-            self.saved(path)
+        self.saved(path)
 
     def _remove(self, number: int | None, path_of: Callable[[int], Path]) -> None:
         if number is None or not self.leads or not (path := path_of(number)).exists():

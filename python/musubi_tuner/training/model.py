@@ -189,10 +189,10 @@ def whole_model(
     dit: Dit,
     opened: OpenDit,
     runtime: LocalRuntime,
-    parts: Sequence[str] = (),
     *,
     rate: float,
     save_dtype: torch.dtype | None,
+    parts: Sequence[str] = (),
 ) -> Trainable:
     """Every weight of `dit`, unfrozen, in shards where `runtime` says so; saved in the layout of its checkpoint.
 
@@ -200,31 +200,30 @@ def whole_model(
     """
     with open_checkpoint(opened.path) as checkpoint:
         header = checkpoint.header
-    _unfreeze(dit, parts)
+    wanted = _named(dit, parts)
+    dit.requires_grad_(False)
+    for name, parameter in dit.named_parameters():
+        parameter.requires_grad_(name in wanted)
     runtime.shard(dit, opened.family.spec.blocks)
-    named = {name: parameter for name, parameter in dit.named_parameters() if parameter.requires_grad}
+    every = dict(dit.named_parameters())
+    named, total = {name: parameter for name, parameter in every.items() if name in wanted}, len(every)
     parameters = list(named.values())
     count, here = (sum(p.numel() for p in of) for of in (parameters, map(own_part, parameters)))
-    log.info(
-        "training %s parameters in %d of %d tensors%s",
-        f"{count:,}",
-        len(named),
-        len(list(dit.parameters())),
-        f", {here:,} of them here" if here < count else "",
-    )
+    some_here = f", {here:,} of them here" if here < count else ""
+    log.info("training %s parameters%s in %d of %d tensors", f"{count:,}", some_here, len(named), total)
     group = {"params": parameters, "lr": rate, "name": "all"}
     write = model_file(dit, header, opened.family.rename_dit_key, save_dtype, leads=runtime.rank == 0)
     return Trainable([group], write, named=named)
 
 
-def _unfreeze(dit: Dit, parts: Sequence[str]) -> None:
-    """Let gradients come to weights whose name has one of `parts`, to all without parts. Raises UserError."""
-    names = [name for name, _ in dit.named_parameters()]
-    if unused := [part for part in parts if not any(part in name for name in names)]:
-        close = nearest(unused[0], {piece for name in names for piece in name.split(".")}, 0.5)
+def _named(dit: Dit, parts: Sequence[str]) -> frozenset[str]:
+    """The names of weights that have one of `parts` in them; all of them without any."""
+    every = [name for name, _ in dit.named_parameters()]
+    wanted = frozenset(name for name in every if not parts or any(part in name for part in parts))
+    if unused := [part for part in parts if not any(part in name for name in wanted)]:
+        close = nearest(unused[0], {piece for name in every for piece in name.split(".")}, 0.5)
         raise UserError(
             f"trainable_modules: no weight has {', '.join(map(repr, unused))} in its name"
             + (f"; did you mean {close}?" if close else "")
         )
-    for name, parameter in dit.named_parameters():
-        parameter.requires_grad_(not parts or any(part in name for part in parts))
+    return wanted

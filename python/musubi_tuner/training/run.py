@@ -108,16 +108,16 @@ def _encoded_prompts(of: Setting) -> preview.Encoded | None:
 
 def _model(of: Setting) -> tuple[Dit, Trainable]:
     """The transformer and what of it is trained. Trained weights are float32 whatever the precision of the rest."""
-    model, save_dtype = of.options[ModelOptions], of.options[SaveOptions].dtype
-    rate = of.options[OptimizerOptions].learning_rate
+    model = of.options[ModelOptions]
     place = torch.device("cpu") if of.runtime.sharded else of.runtime.device
     dit = of.opened.load(weight_policy(of.family.spec, model, model_dtype(model, of.runtime.dtype)), place)
     if model.fp8_report and model.fp8_base and of.runtime.rank == 0:
         report_fp8(dit, of.opened, of.names.folder, of.names.name)
-    if model.full_finetune:
-        return dit, whole_model(dit, of.opened, of.runtime, model.trainable_modules, rate=rate, save_dtype=save_dtype)
-    network = of.options[NetworkOptions]
-    return dit, adapter(dit, of.family.spec, network, rate=rate, seed=of.seed, save_dtype=save_dtype)
+    rate, kept = of.options[OptimizerOptions].learning_rate, of.options[SaveOptions].dtype
+    if not model.full_finetune:
+        return dit, adapter(dit, of.family.spec, of.options[NetworkOptions], rate=rate, seed=of.seed, save_dtype=kept)
+    parts = model.trainable_modules
+    return dit, whole_model(dit, of.opened, of.runtime, rate=rate, save_dtype=kept, parts=parts)
 
 
 def _step(of: Setting, dit: Dit, trainable: Trainable, optimizer: torch.optim.Optimizer, meters: Meters) -> Step:
@@ -169,8 +169,8 @@ def _observers(of: Setting, step: Step, trainable: Trainable, meters: Meters, ru
         states=StateWriter(run, trainable.named, step.optimizer, of.runtime),
         keep_states=states.save_state,
         last_state=states.save_state_on_train_end,
-        saved=tell_nobody if of.uploads is None else of.uploads.send,
         leads=of.runtime.rank == 0,
+        saved=tell_nobody if of.uploads is None else of.uploads.send,
     )
     board = open_tracker(of.options, meters.read) if of.runtime.rank == 0 else None
     uploads = [of.uploads] if of.uploads else []
