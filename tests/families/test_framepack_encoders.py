@@ -59,6 +59,7 @@ def test_latents_are_a_scaled_sample_and_pixels_those_of_the_fixture(folder):
     assert distance(vae.decode(case.inputs["latents"]), case.outputs["pixels"]) < TOLERANCE
 
 
+@pytest.mark.shows("bulk_decode")
 def test_a_long_video_is_decoded_in_pieces_that_are_blended(folder):
     """Two sections at a time; where only one piece covers a frame, it is that piece's, and lengths fit."""
     latents = keyed.normal((1, 16, 1 + 4 * 2, 2, 2), "latents")
@@ -146,6 +147,7 @@ def test_captions_fill_at_most_256_of_512_rows(folder, caplog):
     assert "is cut to the 256 that the model takes" in caplog.text
 
 
+@pytest.mark.shows("image_encoder")
 def test_pictures_without_their_encoder_are_refused(folder):
     item = Item("x", controls=(torch.zeros(3, 1, 16, 16),), roles=("start",), height=16, width=16)
     with pytest.raises(UserError, match="pictures need SigLIP: name it with --image_encoder"):
@@ -194,6 +196,16 @@ def test_one_frame_history_is_empty_after_the_controls():
         sections.one_frame(OneFrame(1, (0,)), controls.repeat(1, 2, 1, 1), 9)
 
 
+@pytest.mark.shows("one_frame_no_2x")
+def test_parts_of_a_single_pictures_history_are_left_out_on_demand():
+    """What --one_frame_no_2x and --one_frame_no_4x hand over."""
+    controls = keyed.normal((16, 1, 4, 6), "control")
+    for half, quarter in ((False, True), (True, False)):
+        told = sections.one_frame(OneFrame.of_dataset({}, half=half, quarter=quarter), controls, 9)
+        assert any(name.startswith("clean_2x") for name in told) == half
+        assert any(name.startswith("clean_4x") for name in told) == quarter
+
+
 # plans and the order of making
 
 
@@ -228,6 +240,7 @@ def test_a_family_with_its_own_sampling_is_known_as_one():
         ({}, {"of": "target_index=1"}, 1),
     ],
 )
+@pytest.mark.shows("latent_window_size", "video_seconds", "video_sections")
 def test_lengths_are_whole_sections(options, said, frames):
     assert FAMILY.plan(GenerationOptions(**options), VALUES, said)["frames"] == frames
 
@@ -245,6 +258,7 @@ def test_the_shift_is_that_of_a_sections_tokens_and_the_solver_the_published_one
     assert FAMILY.plan(GenerationOptions(), VALUES | {"solver": "vanilla"}, {})["solver"] == "vanilla"
 
 
+@pytest.mark.shows("control_image_path")
 def test_what_cannot_be_planned_is_refused():
     for values, said, words in (
         (VALUES | {"roles": ()}, {}, "give the first frame with --image_path"),
@@ -300,6 +314,7 @@ def test_f1_makes_them_in_the_order_of_time(caplog):
     assert "--end_image_path has no effect with --f1" in caplog.text
 
 
+@pytest.mark.shows("latent_paddings")
 def test_chosen_paddings_are_used_and_must_fit():
     told, _ = made(GenerationOptions(latent_window_size=2, latent_paddings="0,0,0"), pictures())
     assert [f["indices"].tolist() for f in told] == [[1, 2]] * 3
@@ -307,6 +322,7 @@ def test_chosen_paddings_are_used_and_must_fit():
         made(GenerationOptions(latent_window_size=2, latent_paddings="1,0"), pictures())
 
 
+@pytest.mark.shows("one_frame_inference")
 def test_a_single_picture_is_made_from_controls_or_the_start():
     options = GenerationOptions(one_frame_inference="target_index=1,no_post")
     told, found = made(options, pictures(), frames=1)

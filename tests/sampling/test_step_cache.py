@@ -73,6 +73,7 @@ def test_a_skipped_step_adds_the_last_computed_change():
     assert calls == [i for i, skip in enumerate(case["skip"]) if not skip]
 
 
+@pytest.mark.shows("magcache_calibration")
 @pytest.mark.parametrize("case", [c for c in DATA["calibration"] if c["dtype"] == "float32"])
 def test_calibration_prints_the_measured_line(case, caplog):
     measuring = Calibration()
@@ -117,8 +118,10 @@ def test_settings_that_cannot_be_are_refused(options, own, words):
         step_cache(StepCacheOptions(**options), own)
 
 
+@pytest.mark.shows("magcache_mag_ratios", "magcache_threshold", "magcache_k", "magcache_retention_ratio")
 def test_settings_become_a_cache():
     assert step_cache(StepCacheOptions(), (1.0,)) is None
     assert step_cache(StepCacheOptions(magcache_mag_ratios="0"), (1.0, 0.9)) == MagCache((1.0, 0.9))
-    chosen = StepCacheOptions(magcache_mag_ratios="1,0.5", magcache_threshold=0.1, magcache_k=2)
-    assert step_cache(chosen, None) == MagCache((1.0, 0.5), 0.2, 0.1, 2)
+    numbers = {"magcache_retention_ratio": 0.3, "magcache_threshold": 0.1, "magcache_k": 2}
+    chosen = StepCacheOptions(magcache_mag_ratios="1,0.5", **numbers)
+    assert step_cache(chosen, None) == MagCache((1.0, 0.5), 0.3, 0.1, 2)
