@@ -34,4 +34,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("scratch_bytes", &musubi::scratch_bytes, "Bytes of scratch that this thread holds.");
   musubi::bind_fp8_linear(module);
   musubi::bind_fp8_quantize(module);
+#ifdef MUSUBI_CUDA_TARGETS
+  auto cuda = module.def_submodule("cuda", "The bodies for CUDA devices. Importing it asks for no driver.");
+  cuda.attr("targets") = MUSUBI_CUDA_TARGETS;
+  musubi::bind_fp8_linear_gpu(cuda);
+  musubi::bind_fp8_quantize_gpu(cuda);
+#endif
 }

@@ -173,6 +173,7 @@ def test_guidance_is_told_a_thousandfold_in_training_too(case_a, caplog):
     )
 
 
+@pytest.mark.shows("rope_scaling_timestep_threshold", "rope_scaling_factor")
 def test_rope_scaling_is_an_option_of_sampling(case_a):
     header = header_of({key: tuple(value.shape) for key, value in case_a.weights.items()})
     sizes = {"rope_axes_dims": [8, 12, 12]}

@@ -308,6 +308,7 @@ def test_another_file_is_refused_in_one_sentence(shapes, metadata, message):
         FAMILY.build_dit(header_of(shapes, metadata))
 
 
+@pytest.mark.shows("dit_in_channels")
 def test_the_channels_option_is_compared_with_the_file():
     header = header_of(manifest("hunyuan_video_skyreels_i2v"))
     assert FAMILY.build_dit(header, None, ModelOptions(dit_in_channels=32)).config.in_channels == 32

@@ -37,6 +37,7 @@ def requests_of(family, *words):
     return generate.make_requests(family, parse(generate.GROUPS, argv, prog="generate", description=""))
 
 
+@pytest.mark.shows("embedded_cfg_scale")
 def test_the_scale_comes_from_the_line_the_option_or_the_task(told, tmp_path):
     (tmp_path / "p.txt").write_text("a --g 2.5\nb --l 4\nc\n", encoding="utf-8")
     lines = ("--from_file", str(tmp_path / "p.txt"))

@@ -70,7 +70,7 @@ def stage(tmp_path, toy):
             self.encoded = preview.encode(self.family, options, device=torch.device("cpu"))
             return preview.Previews(
                 self.family, options, self.encoded, self.dit, runtime=LocalRuntime("cpu"),
-                show=lambda tag, pixels, step: self.shown.append((tag, pixels, step)),
+                show=lambda tag, pixels, step, _fps: self.shown.append((tag, pixels, step)),
                 names=Names(tmp_path, "run"), optimizer=self.optimizer,
             )  # fmt: skip
 
@@ -94,6 +94,7 @@ def test_names_are_those_that_scripts_look_for(stage):
     assert len([n for n in stage.files() if re.fullmatch(r"run_e000004_0[01]_\d{14}_\d+\.(png|mp4)", n)]) == 2
 
 
+@pytest.mark.shows("sample_prompts", "sample_at_first", "sample_every_n_epochs", "sample_every_n_steps")
 def test_previews_come_when_asked(stage, monkeypatch):
     def times(*words):
         seen = []

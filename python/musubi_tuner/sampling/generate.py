@@ -23,6 +23,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
 from musubi_tuner.families.base import Dit, Encoders, Family, HasMagRatios, OwnSampling, SamplingDefaults, Vae
 from musubi_tuner.memory.placement import DTYPES, choose_device, release
+from musubi_tuner.nn.compiling import CompileOptions, compile_blocks
 from musubi_tuner.sampling import outputs, pictures
 from musubi_tuner.sampling.models import (
     OpenDit,
@@ -34,11 +35,13 @@ from musubi_tuner.sampling.models import (
     weight_policy,
 )
 from musubi_tuner.sampling.options import (
+    CompileArgs,
     LoraOptions,
     ModelOptions,
     OutputOptions,
     PromptOptions,
     SolverOptions,
+    compile_settings,
     task_defaults,
 )
 from musubi_tuner.sampling.pipeline import Sampler, decode
@@ -57,6 +60,8 @@ GROUPS: tuple[type, ...] = (
     SolverOptions,
     StepCacheOptions,
     OutputOptions,
+    CompileOptions,
+    CompileArgs,
 )
 
 
@@ -75,7 +80,7 @@ def run(family: Family, options: Resolved) -> None:
         return
     requests = make_requests(family, options)
     device = choose_device(options[ModelOptions].device)
-    policy = _policy(family, options[ModelOptions])
+    policy, compiling = _policy(family, options[ModelOptions]), compile_settings(options, os.environ)
     opened = _open(family, options)
     _step_cache(family, options)  # its faults are told before the long work
     pictures.check_model(opened.dit, requests)
@@ -93,11 +98,14 @@ def run(family: Family, options: Resolved) -> None:
     for request in requests:
         log.info("%s", request.summary())
     started = time.monotonic()
-    sampler = _sampler(family, options, opened.load(policy, device), device)
+    dit = opened.load(policy, device)
+    if compiling is not None:
+        compile_blocks(dit, family.spec.blocks, compiling)
+    sampler = _sampler(family, options, dit, device)
     samples = _sample(sampler, requests, prompts, seen, writer, batch=options[SolverOptions].sample_batch_size)
     if isinstance(sampler.cache, Calibration):
         sampler.cache.tell()
-    del sampler, opened
+    del sampler, opened, dit
     release(device)
     log.info("%d sampled in %.1f s", len(samples), time.monotonic() - started)
     if writer.wants_pixels:

@@ -1,6 +1,8 @@
 """Options of the generate command, in the established names."""
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved, option
@@ -8,7 +10,11 @@ from musubi_tuner.families.base import FamilySpec, SamplingDefaults
 from musubi_tuner.flow.solvers import SOLVERS
 from musubi_tuner.memory.placement import DTYPES, dtype_name
 from musubi_tuner.nn.attention import MODES
+from musubi_tuner.nn.compiling import MODES as COMPILE_MODES
+from musubi_tuner.nn.compiling import CompileOptions, CompileSettings, settings_of
 from musubi_tuner.sampling.request import MAX_SEED, MAX_STEPS
+
+log = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("video", "images", "latent", "both", "latent_images")
 _ATTENTION = {"torch": "sdpa", "flash2": "flash"}
@@ -118,6 +124,39 @@ class OutputOptions:
     latent_path: tuple[str, ...] = option((), help="decode these latent files instead of sampling")
     trim_tail_frames: int = option(0, help="frames to drop from the end of each sample", minimum=0)
     no_metadata: bool = option(False, help="write files without the prompt and settings that made them")
+
+
+@dataclass(frozen=True)
+class CompileArgs:
+    """Compilation, in older words"""
+
+    compile_args: tuple[str, str, str, str] | None = option(
+        None,
+        help="with compile: backend, mode, dynamic and fullgraph in one; the compile_* options are clearer",
+        metavar="WORD",
+    )
+
+
+def compile_settings(options: Resolved, environment: Mapping[str, str]) -> CompileSettings | None:
+    """What to compile the blocks with; None for nothing. Raises UserError."""
+    chosen, words = options[CompileOptions], options[CompileArgs].compile_args
+    if words is not None and chosen.compile:
+        backend, mode, dynamic, fullgraph = words
+        if mode not in COMPILE_MODES or not {dynamic.lower(), fullgraph.lower()} <= {"true", "false"}:
+            raise UserError(
+                f"--compile_args {' '.join(words)}: give backend, mode ({', '.join(COMPILE_MODES)}), dynamic and "
+                "fullgraph (True or False)"
+            )
+        chosen = replace(
+            chosen,
+            compile_backend=backend,
+            compile_mode=mode,
+            compile_dynamic=dynamic.lower(),
+            compile_fullgraph=fullgraph.lower() == "true",
+        )
+    elif words is not None:
+        log.warning("--compile_args has no effect without --compile")
+    return settings_of(chosen, environment)
 
 
 def task_defaults(spec: FamilySpec, options: Resolved) -> SamplingDefaults:

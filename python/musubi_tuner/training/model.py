@@ -20,7 +20,9 @@ from musubi_tuner.adapters.attach import Norms, attach, attach_tensors, parse_ne
 from musubi_tuner.adapters.files import load_lora
 from musubi_tuner.adapters.merge import LoraMerge
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.config.fields import nearest
 from musubi_tuner.families.base import Dit, Family, FamilySpec
+from musubi_tuner.memory.placement import DTYPES
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.sampling.models import OpenDit, open_dit
 from musubi_tuner.training import fp8_report
@@ -100,6 +102,17 @@ def open_model(family: Family, model: ModelOptions, config: Mapping[str, Any] | 
     )
 
 
+def model_dtype(model: ModelOptions, computing: torch.dtype | None) -> torch.dtype:
+    """The dtype of weights that are not FP8: `dit_dtype`, else that of computing (None: float32). With `full_finetune`
+    float32, or bfloat16 by `full_bf16`. Raises UserError where these cannot be computed with."""
+    chosen = "bfloat16" if model.full_bf16 and model.full_finetune else model.dit_dtype
+    if chosen is None:
+        return torch.float32 if model.full_finetune else computing or torch.float32
+    if computing is None and DTYPES[chosen] != torch.float32:
+        raise UserError(f"{chosen} weights need --mixed_precision bf16 (or fp16): without, float32 is computed")
+    return DTYPES[chosen]
+
+
 def weight_policy(spec: FamilySpec, model: ModelOptions, dtype: torch.dtype) -> WeightPolicy:
     """FP8 for the family's targets where `fp8_base` says so; everything else in `dtype`."""
     if not model.fp8_base:
@@ -173,16 +186,43 @@ def adapter(
 
 
 def whole_model(
-    dit: Dit, opened: OpenDit, runtime: LocalRuntime, *, rate: float, save_dtype: torch.dtype | None
+    dit: Dit,
+    opened: OpenDit,
+    runtime: LocalRuntime,
+    *,
+    rate: float,
+    save_dtype: torch.dtype | None,
+    parts: Sequence[str] = (),
 ) -> Trainable:
-    """Every weight of `dit`, unfrozen, in shards where `runtime` says so; saved in the layout of its checkpoint."""
+    """Every weight of `dit`, unfrozen, in shards where `runtime` says so; saved in the layout of its checkpoint.
+
+    parts: train only weights whose name has one of them. Raises UserError where one fits no name.
+    """
     with open_checkpoint(opened.path) as checkpoint:
         header = checkpoint.header
-    dit.requires_grad_(True)
+    wanted = _named(dit, parts)
+    dit.requires_grad_(False)
+    for name, parameter in dit.named_parameters():
+        parameter.requires_grad_(name in wanted)
     runtime.shard(dit, opened.family.spec.blocks)
-    parameters = list(dit.parameters())
+    named = {name: parameter for name, parameter in dit.named_parameters() if name in wanted}
+    parameters = list(named.values())
     count, here = (sum(p.numel() for p in of) for of in (parameters, map(own_part, parameters)))
-    log.info("training all %s parameters%s", f"{count:,}", f", {here:,} of them here" if here < count else "")
+    some_here = f", {here:,} of them here" if here < count else ""
+    log.info("training %s parameters in %d tensors%s", f"{count:,}", len(named), some_here)
     group = {"params": parameters, "lr": rate, "name": "all"}
     write = model_file(dit, header, opened.family.rename_dit_key, save_dtype, leads=runtime.rank == 0)
-    return Trainable([group], write, named=dict(dit.named_parameters()))
+    return Trainable([group], write, named=named)
+
+
+def _named(dit: Dit, parts: Sequence[str]) -> frozenset[str]:
+    """The names of weights that have one of `parts` in them; all of them without any."""
+    every = [name for name, _ in dit.named_parameters()]
+    wanted = frozenset(name for name in every if not parts or any(part in name for part in parts))
+    if unused := [part for part in parts if not any(part in name for name in wanted)]:
+        close = nearest(unused[0], {piece for name in every for piece in name.split(".")}, 0.5)
+        raise UserError(
+            f"trainable_modules: no weight has {', '.join(map(repr, unused))} in its name"
+            + (f"; did you mean {close}?" if close else "")
+        )
+    return wanted

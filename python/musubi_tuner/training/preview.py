@@ -180,7 +180,7 @@ class Previews(Quiet):
             for number, (request, pixels) in enumerate(self._decoded(found)):
                 path = self._write(f"{self._name}_{when}_{number:02d}_{stamp}_{request.seed}", request, pixels)
                 log.info("preview %s", path)
-                self._show(f"sample/{number:02d}", (pixels + 1) / 2, step)
+                self._show(f"sample/{number:02d}", (pixels + 1) / 2, step, request.fps)
         except (UserError, torch.OutOfMemoryError) as fault:
             log.warning("the preview at %s was left out: %s", when, fault)
         finally:
