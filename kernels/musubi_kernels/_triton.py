@@ -83,8 +83,8 @@ def matrix(tensor: torch.Tensor) -> torch.Tensor:
 class Tile:
     """One configuration of a product kernel: tile of the result, step of the contraction, and how it is launched.
 
-    `swap` computes W x^T; `after` applies a block's scale to its sums rather than to its weights: exact, and cheap where
-    the tile is short.
+    `swap` computes W x^T; `after` applies a block's scale to its sums rather than to its weights: exact, and cheap
+    where the tile is short.
     """
 
     bm: int
@@ -100,7 +100,8 @@ class Tile:
     @property
     def name(self) -> str:
         """For reports: 128x128x64-w8s3."""
-        return f"{self.bm}x{self.bn}x{self.bk}-w{self.warps}s{self.stages}{'-swap' if self.swap else ''}{'-after' if self.after else ''}"
+        size = f"{self.bm}x{self.bn}x{self.bk}-w{self.warps}s{self.stages}"
+        return size + ("-swap" if self.swap else "") + ("-after" if self.after else "")
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,10 @@ def decoder_for(target: int, fmt: str, kind: str, *, scaled: bool, split: bool) 
     """The decoder that kernels use on compute capability `target` (0: the interpreter)."""
     if target == 0:
         return PLAIN
-    way = "bits"
-    if kind == "fp16" and target >= 89:
-        way = "convert"
-    elif target >= 100:
+    way = "bits" if target < 89 else "convert"
+    if kind == "bf16" and target == 89:
+        way = "bits"  # its conversions end in float16, and each weight is decoded once in either case
+    elif kind == "bf16" and target >= 100:
         way = "direct"
     return decoder(fmt, kind, way, scaled=scaled, split=split)
 

@@ -32,16 +32,24 @@ int small_as(const LinearTask& task, int64_t stream) {
   return launch_small<T, kFormat, 4>(task, stream);
 }
 
+// e5m2 weights and blocks that are no multiple of 64 are rare: one size of tile for them keeps the build short.
 template <class T, Format kFormat>
 int tile_as(const LinearTask& task, int64_t stream) {
-  if constexpr (kFormat == Format::e4m3) {  // e5m2 weights are rare: one size of tile keeps the build short
-    if (task.x.rows >= kTallFrom) {
-      return task.transposed ? launch_tile<T, kFormat, true, 128>(task, stream)
-                             : launch_tile<T, kFormat, false, 128>(task, stream);
+  constexpr bool common = kFormat == Format::e4m3;
+  const bool tall = common && task.x.rows >= kTallFrom;
+  if (task.transposed) {
+    if constexpr (common) {
+      if (tall) return launch_tile<T, kFormat, true, 128>(task, stream);
+    }
+    return launch_tile<T, kFormat, true, 64>(task, stream);
+  }
+  if constexpr (common) {
+    if (whole_rows(task.w) || task.w.block % kDepth == 0) {
+      return tall ? launch_tile<T, kFormat, false, 128>(task, stream)
+                  : launch_tile<T, kFormat, false, 64>(task, stream);
     }
   }
-  return task.transposed ? launch_tile<T, kFormat, true, 64>(task, stream)
-                         : launch_tile<T, kFormat, false, 64>(task, stream);
+  return launch_tile<T, kFormat, false, 64, 32>(task, stream);
 }
 
 int linear_small(const LinearTask& given, int64_t stream) {

@@ -69,12 +69,12 @@ linear_small_kernel(LinearTask task, bool aligned_w, bool aligned_x) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint32_t words[4] = {codes[u][r].x, codes[u][r].y, codes[u][r].z, codes[u][r].w};
+        uint32_t pairs[4][2];
+        decode<T, kFormat>(words, pairs);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          uint32_t pairs[2];
-          decode<T, kFormat>(words[j], pairs);
-          a[j][r] = pairs[0];
-          a[j][2 + r] = pairs[1];
+          a[j][r] = pairs[j][0];
+          a[j][2 + r] = pairs[j][1];
         }
       }
 #pragma unroll

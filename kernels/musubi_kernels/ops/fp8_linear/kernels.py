@@ -101,7 +101,8 @@ def _fp8_linear_fwd_kernel(
     """y [M, N] = x [M, K] @ (q * scale)^T + bias + low @ (strength * up)^T.
 
     SCALES: `row` multiplies the accumulator once at the end (channel and tensor layouts); `step` has GROUPS whole
-    scales in a K step, or one scale for several steps; `after` has one, for the step's sums; `each` looks one up per weight (block sizes that fit neither).
+    scales in a K step, or one scale for several steps; `after` has one, for the
+    step's sums; `each` looks one up per weight (block sizes that fit neither).
     EVEN: BK divides K. WORDS: q is given as 32-bit words of four codes, and its stride in words. SWAP computes the tile
     as W x^T, for processors whose left operand may stay in registers or tensor memory.
     """
@@ -121,6 +122,8 @@ def _fp8_linear_fwd_kernel(
     safe_n = (tile_n * BN).to(tl.int64) + near_n
     s_row = scale + safe_n * scale_row
     groups = tl.arange(0, GROUPS)
+    x_at = x_base + x_in
+    q_at = q_base + q_in
     acc = tl.zeros([BN, BM] if SWAP else [BM, BN], dtype=tl.float32)
     if SCALES == "step" or SCALES == "after":
         # a scale is read one step ahead: its load is too narrow for the asynchronous copies that hide the others
@@ -128,12 +131,12 @@ def _fp8_linear_fwd_kernel(
         s = tl.load(s_at)
     for k in range(0, K, BK):
         if EVEN:
-            a = tl.load(x_base + x_in)
-            codes = tl.load(q_base + q_in)
+            a = tl.load(x_at + k)
+            codes = tl.load(q_at + (k // 4 if WORDS else k))
         else:
             inside = (k + inner < K)[None, :]
-            a = tl.load(x_base + x_in, mask=inside, other=0.0)
-            codes = tl.load(q_base + q_in, mask=inside, other=0)
+            a = tl.load(x_at + k, mask=inside, other=0.0)
+            codes = tl.load(q_at + (k // 4 if WORDS else k), mask=inside, other=0)
         if SCALES == "row" or SCALES == "after":
             factor = tl.full([BN, 1], 1.0, tl.float32)
         elif SCALES == "each":
@@ -155,14 +158,13 @@ def _fp8_linear_fwd_kernel(
         else:
             acc = tl.dot(a, w.T, acc)
         if SCALES == "step" or SCALES == "after":
+            # past the end the scale stays, in its register: cheaper than a zero
             later = (k + BK + groups * 0 < K)[None, :]
             if BLOCK <= BK:
                 s_at += GROUPS * scale_block
-                s = tl.load(s_at, mask=later, other=0.0)
+                s = tl.load(s_at, mask=later, other=s)
             else:
-                s = tl.load(s_at + (k + BK) // BLOCK * scale_block, mask=later, other=0.0)
-        x_base += BK
-        q_base += BK // 4 if WORDS else BK
+                s = tl.load(s_at + (k + BK) // BLOCK * scale_block, mask=later, other=s)
     if SWAP:
         acc = acc.T
     if AFTER != 1.0:

@@ -164,7 +164,7 @@ def _launch_forward(call: Product, tile: Tile, target: int, y: torch.Tensor) -> 
         how = "after"
     rank, low, tail = _low_rank(call)
     even = k % tile.bk == 0
-    words = even and how != "each" and _words(call.q, block)
+    words = even and how != "each" and prefers_words(target, tile) and _words(call.q, block)
     types = (call.fmt, call.kind, scales.tensor.dtype)
     constants = forward_constants(
         tile, target, Case(*types, how, block, groups, even, words, call.bias is not None, rank)
@@ -206,7 +206,7 @@ def _launch_dx(call: Product, tile: Tile, target: int, y: torch.Tensor) -> None:
     how, block, groups = _triton.step_of(scales, tile.bn, k, otherwise=otherwise)
     rank, low, tail = _low_rank(call)
     even = k % tile.bn == 0 and n % tile.bk == 0
-    words = even and how != "each" and _words(call.q, block)
+    words = even and how != "each" and prefers_words(target, tile) and _words(call.q, block)
     types = (call.fmt, call.kind, scales.tensor.dtype)
     constants = dx_constants(tile, target, Case(*types, how, block, groups, even, words, False, rank))
     q = call.q.view(torch.int32) if constants["WORDS"] else call.q
@@ -234,6 +234,14 @@ def _launch_dx(call: Product, tile: Tile, target: int, y: torch.Tensor) -> None:
         num_stages=tile.stages,
         enable_fp_fusion=True,
     )
+
+
+def prefers_words(target: int, tile: Tile) -> bool:
+    """Whether codes are read as words: where the tile goes to tensor cores from registers.
+
+    The products of sm_90 and sm_100 read decoded weights from shared memory or tensor memory in any case.
+    """
+    return target not in (90, 100) or tile.bm < 64
 
 
 def _words(q: torch.Tensor, block: int) -> bool:
@@ -468,7 +476,7 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
 
     function = kernels._fp8_linear_dx_kernel if transposed else kernels._fp8_linear_fwd_kernel
     integers = [name for name in function.arg_names if name.endswith("_stride")]
-    for case in _cases(tile, transposed):
+    for case in _cases(tile, transposed, prefers_words(target, tile)):
         constants = (dx_constants if transposed else forward_constants)(tile, target, case)
         wide = {"x": case.kind, "grad": case.kind, "y": case.kind, "dx": case.kind, "low": case.kind, "bias": case.kind}
         types = {
@@ -483,10 +491,16 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
             for name in function.arg_names
             if name not in constants
         }
-        plain = case.fmt == "e4m3" and case.even and case.words and case.how in ("step", "after") and not case.bias
+        plain = (
+            case.fmt == "e4m3"
+            and case.even
+            and case.words == prefers_words(target, tile)
+            and case.how in ("step", "after")
+            and not case.bias
+        )
         yield Shipped(
             name=f"fp8_linear_{'dx' if transposed else 'fwd'}-{tile.name}-{case.kind}-{case.fmt}-{case.how}"
-            f"-{_triton.KINDS[case.scale]}{'' if case.words else '-bytes'}{'-lora' if case.rank else ''}",
+            f"-{_triton.KINDS[case.scale]}{'-words' if case.words else ''}{'-lora' if case.rank else ''}",
             function=function,
             signature=signature,
             constexprs=constants,
@@ -501,17 +515,18 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
         )
 
 
-def _cases(tile: Tile, transposed: bool) -> Iterator[Case]:
+def _cases(tile: Tile, transposed: bool, words: bool) -> Iterator[Case]:
     step = "after" if tile.after else "step"
     width = tile.bn if transposed else tile.bk
     whole = "one" if transposed else "row"
     bf16, fp32 = torch.bfloat16, torch.float32
     groups = max(1, width // 64)
-    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, True, False, 0)
-    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, True, False, 32)
-    yield Case("e4m3", "bf16", fp32, step, 64, groups, True, True, False, 0)
-    yield Case("e4m3", "fp16", bf16, step, 64, groups, True, True, False, 0)
-    yield Case("e5m2", "bf16", bf16, step, 64, groups, True, True, not transposed, 0)
-    yield Case("e4m3", "bf16", fp32, whole, 1 << 30, 1, True, True, not transposed, 0)
-    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, False, False, 0)
+    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, words, False, 0)
+    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, words, False, 32)
+    yield Case("e4m3", "bf16", fp32, step, 64, groups, True, words, False, 0)
+    yield Case("e4m3", "fp16", bf16, step, 64, groups, True, words, False, 0)
+    yield Case("e5m2", "bf16", bf16, step, 64, groups, True, words, not transposed, 0)
+    yield Case("e4m3", "bf16", fp32, whole, 1 << 30, 1, True, words, not transposed, 0)
+    if words:  # for rows that are not aligned
+        yield Case("e4m3", "bf16", bf16, step, 64, groups, True, False, False, 0)
     yield Case("e4m3", "bf16", fp32, "each", 48, 1, False, False, not transposed, 0)
