@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from golden_data import REFERENCE, TOLERANCE, distance, golden, manifest
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.one_frame import OneFrame
+from musubi_tuner.config.options import parse
 from musubi_tuner.families import registry
 from musubi_tuner.families.base import Item, OwnSampling, Tools
 from musubi_tuner.families.framepack import generate
@@ -22,6 +23,7 @@ from musubi_tuner.families.framepack.options import (
 )
 from musubi_tuner.families.framepack.vae import blended, empty_tower, in_pieces, load_picture_encoder, tower_sizes
 from musubi_tuner.flow import keyed, sections
+from musubi_tuner.sampling import generate as sampling
 from musubi_tuner.weights.reader import Header, TensorInfo
 from real_media import photo
 from tiny_encoders import save_clip, save_llama, save_siglip, tiny_siglip
@@ -240,7 +242,7 @@ def test_a_family_with_its_own_sampling_is_known_as_one():
         ({}, {"of": "target_index=1"}, 1),
     ],
 )
-@pytest.mark.shows("latent_window_size", "video_seconds", "video_sections")
+@pytest.mark.shows("video_seconds")
 def test_lengths_are_whole_sections(options, said, frames):
     assert FAMILY.plan(GenerationOptions(**options), VALUES, said)["frames"] == frames
 
@@ -344,3 +346,28 @@ def test_controls_of_another_size_are_refused(folder):
         FAMILY.encode_latents([item], load_vae(folder), encoders)
     with pytest.raises(UserError, match="--one_frame takes pictures, not clips of 5 frames"):
         FAMILY.encode_latents([Item("x", torch.zeros(3, 5, 16, 16))], load_vae(folder), encoders)
+
+
+@pytest.mark.shows("control_image_path")
+def test_pictures_of_the_command_line_and_of_a_line_reach_the_request(tmp_path):
+    for name in ("a", "b", "c"):
+        photo("chelsea.png", (32, 32)).save(tmp_path / f"{name}.png")
+    a, b, c = (str(tmp_path / f"{name}.png") for name in ("a", "b", "c"))
+    groups = (*sampling.GROUPS, *FAMILY.option_groups("generate"))
+    common = ["--video_size", "32", "32", "--save_path", "x", "--one_frame_inference", "control_index=0;10"]
+    argv = ["--prompt", "x", "--control_image_path", a, b, *common]
+    (request,) = sampling.make_requests(FAMILY, parse(groups, argv, prog="generate", description=""))
+    assert request.pictures == (("control", a), ("control", b))
+    assert (request.frames, request.solver) == (1, "unipc3")
+    (tmp_path / "p.txt").write_text(f"x --i {c} --ei {a} --vs 2 --of target_index=1\n")
+    argv = ["--from_file", str(tmp_path / "p.txt"), *common]
+    (request,) = sampling.make_requests(FAMILY, parse(groups, argv, prog="generate", description=""))
+    assert request.pictures == (("start", c), ("end", a))
+    assert dict(request.said) == {"of": "target_index=1", "vs": "2"}
+
+
+def test_the_models_own_ratios_are_those_of_the_version():
+    published = json.loads((REFERENCE / "behaviour" / "magcache_ratios.json").read_text())["models"]
+    for name, f1 in (("FramePack", False), ("FramePack-F1", True)):
+        assert list(FAMILY.mag_ratios(GenerationOptions(f1=f1))) == published[name]["ratios"]
+    assert list(registry.get("hunyuan_video").mag_ratios(None)) == published["HunyuanVideo-540p"]["ratios"]

@@ -180,8 +180,8 @@ def test_rope_scaling_is_an_option_of_sampling(case_a):
     assert FAMILY.build_dit(header, sizes, ModelOptions()).rope_scaling is None
     built = FAMILY.build_dit(header, sizes, ModelOptions(rope_scaling_timestep_threshold=800.0))
     assert built.rope_scaling == RopeScaling(800.0, 0.5)
-    chosen = ModelOptions(rope_scaling_timestep_threshold=800.0, rope_scaling_factor=0.25)
-    assert FAMILY.build_dit(header, sizes, chosen).rope_scaling == RopeScaling(800.0, 0.25)
+    chosen = ModelOptions(rope_scaling_timestep_threshold=800.0, rope_scaling_factor=0.7)
+    assert FAMILY.build_dit(header, sizes, chosen).rope_scaling == RopeScaling(800.0, 0.7)
 
 
 # published files
