@@ -45,9 +45,13 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtyp
 
 def dequantize_rows(q: torch.Tensor, scale: torch.Tensor, fmt: str, rows: slice, dtype: torch.dtype) -> torch.Tensor:
     """Rows of q [N, K] (uint8) times their scales, computed in `dtype`."""
-    part = q[rows].view(FORMATS[fmt].dtype).to(dtype)
-    factors, view = spread_scale(scale if scale.ndim <= 1 else scale[rows], part)
-    return (part.reshape(view) * factors.to(dtype)).reshape(part.shape)
+    return scaled_rows(q[rows].view(FORMATS[fmt].dtype).to(dtype), scale if scale.ndim <= 1 else scale[rows])
+
+
+def scaled_rows(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Values [rows, K] times the scales of these rows, in the values' dtype."""
+    factors, view = spread_scale(scale, part)
+    return (part.reshape(view) * factors.to(part.dtype)).reshape(part.shape)
 
 
 def _chunks(rows: int, width: int) -> Iterator[slice]:
