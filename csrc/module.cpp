@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bind.h"
@@ -19,6 +20,8 @@ PYBIND11_MODULE(_C, module) {
           const auto isa = static_cast<musubi::Isa>(i);
           if (musubi::has(isa)) names.emplace_back(musubi::name_of(isa));
         }
+        if (musubi::has(musubi::Isa::avx512bf16) && musubi::prefers_floats())
+          std::swap(names.back(), *(names.end() - 2));
         return names;
       },
       "Instruction sets that this processor can run, the best one last; an op's `isa` is an index into all_isas().");

@@ -18,6 +18,15 @@ struct Vec {
   static F set1(float a) { return _mm256_set1_ps(a); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F f) { _mm256_storeu_ps(p, f); }
+  // The G floats at p, again and again.
+  template <int G>
+  static F repeat(const float* p) {
+    if constexpr (G == 1) return _mm256_set1_ps(*p);
+    if constexpr (G == 2)
+      return _mm256_castpd_ps(_mm256_broadcastsd_pd(_mm_load_sd(reinterpret_cast<const double*>(p))));
+    if constexpr (G == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    if constexpr (G == 8) return _mm256_loadu_ps(p);
+  }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }

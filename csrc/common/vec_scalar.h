@@ -76,6 +76,13 @@ struct Vec {
     return f;
   }
   static void store(float* p, F f) { std::memcpy(p, f.lane, sizeof f.lane); }
+  // The G floats at p, again and again.
+  template <int G>
+  static F repeat(const float* p) {
+    F f;
+    for (int i = 0; i < W; ++i) f.lane[i] = p[i % G];
+    return f;
+  }
   static F add(F a, F b) {
     for (int i = 0; i < W; ++i) a.lane[i] += b.lane[i];
     return a;

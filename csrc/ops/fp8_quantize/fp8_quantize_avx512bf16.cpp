@@ -1,7 +1,9 @@
 // The avx512bf16 build of quantise and dequantise: 64 codes at a time become floats by table look-up.
 #define MUSUBI_ISA avx512bf16
-#include "common/decode_vbmi.h"
+// clang-format off: the decoder is written over the vector
 #include "common/vec_avx512.h"
+#include "common/decode_vbmi.h"
+// clang-format on
 #include "ops/fp8_quantize/fp8_quantize-inl.h"
 
 namespace musubi {

@@ -1,0 +1,14 @@
+// The avx512vbmi build of quantise and dequantise.
+#define MUSUBI_ISA avx512vbmi
+#include "common/vec_avx512.h"
+#include "ops/fp8_quantize/fp8_quantize-inl.h"
+
+namespace musubi {
+namespace MUSUBI_ISA {
+
+void quantize(const QuantizeTask& task) { quantize_any(task); }
+
+void dequantize(const DequantizeTask& task) { dequantize_with(task, dequantize_run); }
+
+}  // namespace MUSUBI_ISA
+}  // namespace musubi
