@@ -32,6 +32,11 @@ struct Vec {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  // The largest power of two that is not above |a|.
+  static F power_of(F a) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7f800000)));
+  }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
 
   static void transpose(F* r) {

@@ -95,6 +95,15 @@ struct Vec {
     for (int i = 0; i < W; ++i) c.lane[i] += a.lane[i] * b.lane[i];
     return c;
   }
+  static F max(F a, F b) {
+    for (int i = 0; i < W; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+  }
+  // The largest power of two that is not above |a|.
+  static F power_of(F a) {
+    for (int i = 0; i < W; ++i) a.lane[i] = bits_to_float(float_to_bits(a.lane[i]) & 0x7f800000u);
+    return a;
+  }
   static float sum(F a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
   static void transpose(F* r) {
     for (int i = 0; i < W; ++i) {

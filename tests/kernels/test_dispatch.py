@@ -55,7 +55,6 @@ def test_explain_tells_the_choice_its_sizes_and_every_other_reason(native: None,
 def test_explain_names_what_the_native_body_lacks(native: None, layer: Layer) -> None:
     x, q, scale = layer
     assert "native: not used because it has no torch.float64 body" in explain(fp8_linear, x.double(), q, scale)
-    assert "native: not used because it has no search" in explain(quantize_fp8, torch.ones(2, 64), search="mse")
 
 
 def test_explain_runs_nothing_and_knows_every_function(monkeypatch: pytest.MonkeyPatch, layer: Layer) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernel_checks import decoded, relative
-from musubi_kernels import dynamic_error, explain, fp8_linear, fp8_linear_dynamic, quantize_fp8
+from musubi_kernels import _native, dynamic_error, explain, fp8_linear, fp8_linear_dynamic, quantize_fp8
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 37, 128), (5, 64, 64), (9, 100, 256), (33, 50, 96), (49, 300, 130), (70, 97, 65), (64, 49, 3), (1, 1, 1)]
@@ -54,6 +54,22 @@ def test_product_equals_that_of_the_codes(size: tuple[int, int, int], dtype: tor
         exact = coded_rows(x, kind) @ coded_weight(q, scale, kind).T + bias.double()
         assert y.dtype == dtype
         assert relative(y, exact) <= ROUNDING[dtype], layout
+
+
+def test_native_serves_integers_where_it_has_them(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, scale = made(8, 64, ("block", 64), 0)
+    x = normal(3, 64, seed=1)
+    for isa in _native.module().isas():
+        monkeypatch.setenv(_native.ISA_VARIABLE, isa)
+        said = explain(fp8_linear_dynamic, x, q, scale)
+        if isa in ("avx512vbmi", "avx512bf16"):
+            assert said.startswith(f"fp8_linear_dynamic: native-{isa}")
+        else:
+            assert f"native: not used because {isa} has no integer products" in said
+    monkeypatch.setenv(_native.ISA_VARIABLE, "auto")
+    assert "a CPU has no products of fp8 codes" in explain(fp8_linear_dynamic, x, q, scale, kind="fp8")
+    wide, wide_scale = made(2, 40000, ("channel", 64), 0)
+    assert "40000 weights share a scale" in explain(fp8_linear_dynamic, normal(1, 40000, seed=2), wide, wide_scale)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])

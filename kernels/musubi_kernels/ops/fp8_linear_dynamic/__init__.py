@@ -17,7 +17,7 @@ from musubi_kernels._explain import Plan, planned_by
 from musubi_kernels._formats import check_pair, format_of
 from musubi_kernels._op import Op
 from musubi_kernels.ops.fp8_linear import INPUT_GRADIENT, bias_gradient, fp8_linear
-from musubi_kernels.ops.fp8_linear_dynamic import reference
+from musubi_kernels.ops.fp8_linear_dynamic import native, reference
 
 Kind = Literal["int8", "fp8"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
@@ -36,6 +36,7 @@ FORWARD = Op(
     "(Tensor x, Tensor q, Tensor scale, Tensor? bias, str fmt, str kind) -> Tensor",
     _fake,
 )
+FORWARD.serve("native", native.fp8_linear_dynamic, native.refuses)
 FORWARD.serve("reference", reference.fp8_linear_dynamic)
 
 
