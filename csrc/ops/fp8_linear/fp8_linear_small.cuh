@@ -17,9 +17,10 @@ namespace musubi::gpu {
 constexpr int kSmallWarps = 8;
 constexpr int kSmallThreads = kSmallWarps * kWarp;
 constexpr int kStep = 64;  // of K; lies in one block
-constexpr int kAhead = 2;  // steps that a warp loads together, while it multiplies the ones before
 
-// What a lane holds of kAhead steps: the codes and scales of its two rows of W.
+// What a lane holds of kAhead steps, which are loaded together while it multiplies the ones before: the codes and
+// scales of its two rows of W.
+template <int kAhead>
 struct Ahead {
   uint4 codes[kAhead][2];
   uint32_t scale[kAhead][2];
@@ -30,6 +31,7 @@ struct Ahead {
 template <class T, Format kFormat, int kTiles>
 MUSUBI_KERNEL(kSmallThreads, 2)
 linear_small_kernel(LinearTask task, uint64_t blocks) {
+  constexpr int kAhead = kTiles < 4 ? 2 : 1;  // two would spill where x takes most registers
   MUSUBI_SHARED(shared);
   const Fp8Rows& w = task.w;
   const int lane = thread_index() % kWarp, warp = thread_index() / kWarp, g = lane / 4, t = lane % 4;
@@ -49,7 +51,7 @@ linear_small_kernel(LinearTask task, uint64_t blocks) {
     const int64_t m = tile * 8 + g < task.x.rows ? tile * 8 + g : task.x.rows - 1;
     x_of[tile] = static_cast<const uint16_t*>(task.x.data) + m * task.x.stride + t * 16;
   }
-  const auto load = [&](int step, Ahead& to) {
+  const auto load = [&](int step, Ahead<kAhead>& to) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       const int s = step + u * kSmallWarps < steps ? step + u * kSmallWarps : steps - 1;
@@ -63,11 +65,11 @@ linear_small_kernel(LinearTask task, uint64_t blocks) {
   };
 
   float sums[kTiles][4] = {};
-  Ahead next;
+  Ahead<kAhead> next;
   if (warp < steps) load(warp, next);
 #pragma unroll 1
   for (int step = warp; step < steps; step += kSmallWarps * kAhead) {
-    const Ahead now = next;
+    const Ahead<kAhead> now = next;
     if (step + kSmallWarps * kAhead < steps) load(step + kSmallWarps * kAhead, next);
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
