@@ -1,7 +1,9 @@
 """The main job on a tiny FramePack, through the real commands, on photographs and a video: caches, LoRA, samples."""
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -346,3 +348,25 @@ def test_history_of_every_section_is_what_was_made_before():
     assert [entry["clean_2x"].flatten().tolist() for entry in forward] == [[0, 0], [0, 1], [1, 2]]
     assert sections.paddings(4) == [3, 2, 1, 0]
     assert sections.paddings(6) == [3, 2, 2, 2, 1, 0]
+
+
+def test_magcache_is_measured_used_and_tuned(cached, tmp_path, caplog):
+    """Calibration changes nothing and prints ratios; with these steps are left out; threshold 0 leaves none out."""
+    words = ("--prompt", "a red roof", "--image_path", cached.file("start.png"), "--output_type", "latent")
+
+    def latents(name: str, *more: str) -> torch.Tensor:
+        short = ("--video_sections", "1", "--infer_steps", "6")
+        musubi("fpack_generate_video", *cached.generation(tmp_path / name, *words, *short, *more))
+        (path,) = (tmp_path / name).glob("*_latent.safetensors")
+        return load_file(path)["latent"]
+
+    plain = latents("plain")
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(latents("measured", "--magcache_calibration"), plain)
+    lines = [line for record in caplog.records for line in record.getMessage().splitlines()]
+    ratios = next(line for line in lines if re.fullmatch(r"1\.00000(,\d\.\d{5}){5}", line))
+    tuned = ("--magcache_retention_ratio", "0.2", "--magcache_k", "6")
+    used = latents("used", "--magcache_mag_ratios", ratios, *tuned, "--magcache_threshold", "9")
+    assert used.isfinite().all()
+    assert not torch.equal(used, plain)
+    assert torch.equal(latents("all", "--magcache_mag_ratios", "0", *tuned, "--magcache_threshold", "0"), plain)
