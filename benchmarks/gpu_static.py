@@ -77,7 +77,7 @@ def in_default(entry: dict[str, Any]) -> bool:
 
 
 def survey(*, everything: bool = False, plain: bool = True, only: str = "", workers: int = 2) -> Survey:
-    """Compile and read what is shipped (the default ones or `everything`, with `only` in the name), and if `plain` that."""
+    """Compile and read the default entries, or `everything`, with `only` in their names; companions where `plain`."""
     with Compiler(workers) as compiler:
         jobs = [
             Job(SHIPPED, index, target)
