@@ -39,11 +39,57 @@ def spread(factors, ROWS: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.conste
     return wide.reshape(ROWS, COLUMNS)
 
 
+# A float32 scale as a pair of equal 16-bit values, and what that rounding lost as another pair. Two at a time, because
+# a single conversion is a slow unit's work.
+PAIR_FP16 = tl.constexpr("""cvt.rn.f16x2.f32 $0, $1, $1;""")
+PAIR_BF16 = tl.constexpr("""cvt.rn.bf16x2.f32 $0, $1, $1;""")
+PAIRS_FP16 = tl.constexpr("""{
+.reg .b32 p, r;
+.reg .b16 e, f;
+.reg .f32 u;
+cvt.rn.f16x2.f32 p, $2, $2;
+mov.b32 {e, f}, p;
+cvt.f32.f16 u, e;
+sub.f32 u, $2, u;
+cvt.rn.f16x2.f32 r, u, u;
+mov.b32 $0, p;
+mov.b32 $1, r;
+}""")
+PAIRS_BF16 = tl.constexpr("""{
+.reg .b32 p, r, t;
+.reg .f32 u;
+cvt.rn.bf16x2.f32 p, $2, $2;
+shl.b32 t, p, 16;
+mov.b32 u, t;
+sub.f32 u, $2, u;
+cvt.rn.bf16x2.f32 r, u, u;
+mov.b32 $0, p;
+mov.b32 $1, r;
+}""")
+
+
 @triton.jit
-def twice(value):
-    """float16 or bfloat16 values, each twice in a 32-bit register."""
-    bits = value.to(tl.uint16, bitcast=True).to(tl.uint32)
-    return bits | (bits << 16)
+def pair_of(scale, KIND: tl.constexpr):
+    """A float32 scale rounded to KIND, twice in a 32-bit register."""
+    if KIND == tl.float16:
+        return tl.inline_asm_elementwise(PAIR_FP16, "=r,f", [scale], dtype=tl.int32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise(PAIR_BF16, "=r,f", [scale], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def pairs_of(scale, KIND: tl.constexpr):
+    """A float32 scale as the sum of two KIND values, each twice in a 32-bit register."""
+    if KIND == tl.float16:
+        return tl.inline_asm_elementwise(
+            PAIRS_FP16, "=r,=r,f", [scale], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    return tl.inline_asm_elementwise(PAIRS_BF16, "=r,=r,f", [scale], dtype=(tl.int32, tl.int32), is_pure=True, pack=1)
+
+
+@triton.jit
+def half_of(pair, KIND: tl.constexpr):
+    """The KIND value that a register holds twice."""
+    return pair.to(tl.uint16).to(KIND, bitcast=True)
 
 
 @triton.jit
@@ -52,26 +98,17 @@ def decode_words(words, scale, KIND: tl.constexpr, ASM: tl.constexpr, SPLIT: tl.
     ROWS: tl.constexpr = words.shape[0]
     WIDE: tl.constexpr = words.shape[1]
     wide = scale.to(tl.float32) * BEFORE
-    high = wide.to(KIND)
-    pair = spread(twice(high), ROWS, scale.shape[1], WIDE)
+    kind = tl.zeros([1], dtype=KIND).dtype
     if SPLIT:
-        rest = spread(twice((wide - high.to(tl.float32)).to(KIND)), ROWS, scale.shape[1], WIDE)
+        high, low = pairs_of(wide, KIND)
+        pair, rest = spread(high, ROWS, scale.shape[1], WIDE), spread(low, ROWS, scale.shape[1], WIDE)
         a, b, c, d = tl.inline_asm_elementwise(
-            ASM,
-            "=h,=h,=h,=h,r,r,r",
-            [words, pair, rest],
-            dtype=(high.dtype, high.dtype, high.dtype, high.dtype),
-            is_pure=True,
-            pack=1,
+            ASM, "=h,=h,=h,=h,r,r,r", [words, pair, rest], dtype=(kind, kind, kind, kind), is_pure=True, pack=1
         )
     else:
+        pair = spread(pair_of(wide, KIND), ROWS, scale.shape[1], WIDE)
         a, b, c, d = tl.inline_asm_elementwise(
-            ASM,
-            "=h,=h,=h,=h,r,r",
-            [words, pair],
-            dtype=(high.dtype, high.dtype, high.dtype, high.dtype),
-            is_pure=True,
-            pack=1,
+            ASM, "=h,=h,=h,=h,r,r", [words, pair], dtype=(kind, kind, kind, kind), is_pure=True, pack=1
         )
     return tl.join(tl.join(a, c), tl.join(b, d)).reshape(ROWS, 4 * WIDE)
 
@@ -91,14 +128,17 @@ def decode_scaled(
     ASM gives code * second operand; BEFORE is the power of two that this operand carries (the kernel takes it out of
     its accumulator). SPLIT: the scale has more bits than KIND, so it goes in as the sum of two.
     """
-    factor = spread(scale, codes.shape[0], scale.shape[1], codes.shape[1])
+    ROWS: tl.constexpr = codes.shape[0]
+    WIDE: tl.constexpr = codes.shape[1]
     if ASM == "":
-        return (decode_exact(codes, E5M2) * factor.to(tl.float32)).to(KIND)
-    wide = factor.to(tl.float32) * BEFORE
-    high = wide.to(KIND)
+        return (decode_exact(codes, E5M2) * spread(scale, ROWS, scale.shape[1], WIDE).to(tl.float32)).to(KIND)
+    wide = scale.to(tl.float32) * BEFORE
     if SPLIT:
-        low = (wide - high.to(tl.float32)).to(KIND)
+        high, low = pairs_of(wide, KIND)
+        factor = spread(half_of(high, KIND), ROWS, scale.shape[1], WIDE)
+        rest = spread(half_of(low, KIND), ROWS, scale.shape[1], WIDE)
         return tl.inline_asm_elementwise(
-            ASM, "=r,=r,r,r,r,r,r", [codes, high, low], dtype=high.dtype, is_pure=True, pack=4
+            ASM, "=r,=r,r,r,r,r,r", [codes, factor, rest], dtype=factor.dtype, is_pure=True, pack=4
         )
-    return tl.inline_asm_elementwise(ASM, "=r,=r,r,r,r", [codes, high], dtype=high.dtype, is_pure=True, pack=4)
+    factor = spread(half_of(pair_of(wide, KIND), KIND), ROWS, scale.shape[1], WIDE)
+    return tl.inline_asm_elementwise(ASM, "=r,=r,r,r,r", [codes, factor], dtype=factor.dtype, is_pure=True, pack=4)

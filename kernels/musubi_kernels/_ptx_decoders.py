@@ -49,6 +49,11 @@ _E5M2: Final = """mov.b32 l, 0;
 prmt.b32 a, c, l, 0x1404;
 prmt.b32 b, c, l, 0x3424;
 """
+# times 2^-8, which is exact down to the smallest denormal: room for a scale 2^8 larger, whose bits would else be lost
+_E5M2_DOWN: Final = """mov.b32 l, 0x1C001C00;
+mul.rn.f16x2 a, a, l;
+mul.rn.f16x2 b, b, l;
+"""
 _HALF_TO_BFLOAT: Final = """mov.b32 {p0, p1}, a;
 mov.b32 {p2, p3}, b;
 cvt.f32.f16 w0, p0;
@@ -100,7 +105,7 @@ class Decoder:
 PLAIN: Final = Decoder("", "", 1.0, 1.0)
 
 # bfloat16 has float32's range: 2^20 below keeps 2^120 times a scale finite up to scales of 2^27. float16 holds a
-# decoded weight below 256 and, at 2^8 above it, every scale from 2^-22 (2^-30 with `bits`) with all its bits.
+# decoded e4m3 weight below 256 and, at 2^8 above it, every scale from 2^-22 (2^-30 with `bits`) with all its bits.
 _SHIFT: Final = {"bf16": -20, "fp16": 8}
 _SHORT: Final = {"bf16": 120, "fp16": 8}
 
@@ -110,10 +115,12 @@ def decoder(fmt: str, kind: str, way: str, *, scaled: bool, split: bool) -> Deco
 
     Where the weights are not `scaled` in the loop, they come out as the codes' own values, which both types hold.
     """
-    short = 0
+    short, shift = 0, _SHIFT[kind] if scaled else 0
     widen = _HALF_TO_BFLOAT if kind == "bf16" else ""
     if fmt == "e5m2":
         body = _E5M2 + widen
+        if kind == "fp16" and scaled:
+            body, short, shift = body + _E5M2_DOWN, 8, 0
     elif way == "direct" and kind == "bf16":
         body = _E4M3_TO_BFLOAT
     elif way == "bits":
@@ -121,9 +128,28 @@ def decoder(fmt: str, kind: str, way: str, *, scaled: bool, split: bool) -> Deco
     else:
         body = _E4M3_CONVERT + widen
     tail = _SCALE_SPLIT if split else _SCALE
-    shift = _SHIFT[kind] if scaled else 0
     forms = []
     for (load, store), scales in ((_WORDS, _WORDS_SCALES), (_BYTES, _BYTES_SCALES)):
         scale = tail.format(t="f16" if kind == "fp16" else "bf16", **scales)
         forms.append("{\n" + _DECLARE + load + body + scale + store + "}")
     return Decoder(forms[0], forms[1], 2.0 ** (short + shift), 2.0**-shift)
+
+
+def raw_decoder(fmt: str, target: int) -> str:
+    """PTX from four 8-bit elements ($2) to four float16 ($0, $1), exact for all 256 codes; "" where there is none."""
+    if fmt == "e4m3" and target < 89:
+        return ""
+    body = _E5M2 if fmt == "e5m2" else _E4M3_CONVERT
+    return "{\n" + _DECLARE + _BYTES[0] + body + _BYTES[1] + "}"
+
+
+def encoder(fmt: str, target: int) -> str:
+    """PTX from four float32 ($1 to $4) to four codes ($0), saturating, or "" where there is none."""
+    if target < 89:
+        return ""
+    lines = (
+        f"cvt.rn.satfinite.{fmt}x2.f32 e, $2, $1;",
+        f"cvt.rn.satfinite.{fmt}x2.f32 f, $4, $3;",
+        "mov.b32 $0, {e, f};",
+    )
+    return "{\n.reg .b16 e, f;\n" + "\n".join(lines) + "\n}"

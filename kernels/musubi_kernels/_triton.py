@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import torch
 
+from musubi_kernels._backends import pinned
 from musubi_kernels._ptx_decoders import PLAIN, Decoder, decoder
 
 TARGETS: Final = (80, 86, 89, 90, 100, 120)
@@ -61,6 +62,8 @@ def capability(device: torch.device) -> int:
 def refuses(*tensors: torch.Tensor | None) -> str | None:
     """Why the kernels cannot take these tensors, or None: CUDA tensors of sm_80 or later, of 8, 16 or 32 bits."""
     home = "cpu" if interpreting() else "cuda"
+    if home == "cpu" and pinned() != "triton":
+        return "it would run in Triton's interpreter, which only MUSUBI_KERNELS=triton asks for"
     for tensor in tensors:
         if tensor is None:
             continue
@@ -84,7 +87,7 @@ class Tile:
     """One configuration of a product kernel: tile of the result, step of the contraction, and how it is launched.
 
     `swap` computes W x^T; `after` applies a block's scale to its sums rather than to its weights: exact, and cheap
-    where the tile is short.
+    where the tile is short. `split` shares the contraction out over more programs, whose sums are then added in order.
     """
 
     bm: int
@@ -95,6 +98,7 @@ class Tile:
     group: int = 8
     swap: bool = False
     after: bool = False
+    split: bool = False
     why: str = ""
 
     @property
@@ -144,7 +148,6 @@ def _shipped_by(op: str) -> Iterator[Shipped]:
 class Scales:
     """The scales of q [N, K] as kernels read them: scale of (n, k) at n * by_row + k // block * by_block."""
 
-    tensor: torch.Tensor
     by_row: int
     by_block: int
     block: int
@@ -155,12 +158,23 @@ class Scales:
         return "block" if self.by_block else "channel" if self.by_row else "tensor"
 
 
+@functools.lru_cache(maxsize=4096)
+def layout_of(k: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> Scales:
+    """The layout of checked scales for rows of k weights; a single block a row counts as channel layout."""
+    if len(shape) == 3 and shape[1] > 1:
+        return Scales(stride[0], stride[1], k // shape[1])
+    return Scales(stride[0] if len(shape) >= 2 else 0, 0, max(1, k))
+
+
 def scales_of(q: torch.Tensor, scale: torch.Tensor) -> Scales:
-    """The scales of a checked pair; a single block a row counts as channel layout."""
-    k = max(1, q.shape[1])
-    if scale.ndim == 3 and scale.shape[1] > 1:
-        return Scales(scale, scale.stride(0), scale.stride(1), k // scale.shape[1])
-    return Scales(scale, scale.stride(0) if scale.ndim >= 2 else 0, 0, k)
+    """The layout of a checked pair."""
+    return layout_of(q.shape[1], tuple(scale.shape), scale.stride())
+
+
+@functools.cache
+def kernels(op: str) -> Any:
+    """The module of an op's kernels; the first call imports triton."""
+    return importlib.import_module(f"musubi_kernels.ops.{op}.kernels")
 
 
 def step_of(scales: Scales, step: int, length: int, *, otherwise: str) -> tuple[str, int, int]:

@@ -97,9 +97,10 @@ def _blocks(case: Case, step: int) -> tuple[int, int]:
     if case.constant("SCALES") == "each":
         block = case.constant("BLOCK")
         return -(-(step + 1) // block) * block, block
-    length = 2 * step if case.constant("EVEN") else step + 8
     whole = case.constant("SCALES") in ("row", "one")
-    return length, length if whole else min(case.constant("BLOCK"), step // case.constant("GROUPS"))
+    block = step if whole else case.constant("BLOCK")
+    length = 2 * max(step, block) if case.constant("EVEN") else step + 8
+    return length, length if whole else block
 
 
 def _rows(tile: int) -> int:
@@ -116,10 +117,11 @@ def run_forward(case: Case) -> None:
     bias = torch.randn(n).to(case.dtype("bias"))
     rank = case.constant("BR") - 3 if case.constant("HAS_LOW") else 0
     low, up = torch.randn(m, max(rank, 1)).to(case.dtype("low")), torch.randn(n, max(rank, 1)).to(case.dtype("up"))
-    y = torch.full((m, n), float("nan"), dtype=case.dtype("y"))
+    parts = 2 if case.constant("PARTS") else 1
+    y = torch.full((parts, m, n), float("nan"), dtype=case.dtype("y"))
     tiles = -(-m // bm) * -(-n // bn)
     case.launch(
-        (tiles,),
+        (tiles, parts),
         **{"x": x, "scale": scale, "bias": bias, "low": low, "up": up, "y": y},
         **{"M": m, "N": n, "K": k, "rank": rank, "strength": 0.5},
         **{**_stored(case, q), "x_stride": k, "scale_row": scale.shape[1], "scale_block": int(scale.shape[1] > 1)},
@@ -130,7 +132,7 @@ def run_forward(case: Case) -> None:
         extra += bias.double()
     if rank:
         extra += 0.5 * low.double() @ up.double().T
-    _compare(case, y, x.double() @ _dense(case, q, scale, block).T + extra, case.kind("y"), extra)
+    _compare(case, y.sum(0), x.double() @ _dense(case, q, scale, block).T + extra, case.kind("x"), extra)
 
 
 def run_input_gradient(case: Case) -> None:
@@ -142,16 +144,17 @@ def run_input_gradient(case: Case) -> None:
     q, scale = _weight(case, n, k), _scales(case, n, k, how, block)
     rank = case.constant("BR") - 3 if case.constant("HAS_LOW") else 0
     low, down = torch.randn(m, max(rank, 1)).to(case.dtype("low")), torch.randn(max(rank, 1), k).to(case.dtype("down"))
-    dx = torch.full((m, k), float("nan"), dtype=case.dtype("dx"))
+    parts = 2 if case.constant("PARTS") else 1
+    dx = torch.full((parts, m, k), float("nan"), dtype=case.dtype("dx"))
     case.launch(
-        (-(-m // bm) * -(-k // bn),),
+        (-(-m // bm) * -(-k // bn), parts),
         **{"grad": grad, "scale": scale, "low": low, "down": down, "dx": dx},
         **{"M": m, "N": n, "K": k, "rank": rank, "strength": 0.5},
         **{**_stored(case, q), "grad_stride": n, "scale_row": 0 if how == "one" else scale.shape[1]},
         **{"scale_block": int(scale.shape[1] > 1), "low_stride": low.stride(0), "down_stride": k, "dx_stride": k},
     )
     extra = 0.5 * low.double() @ down.double() if rank else torch.zeros(m, k, dtype=torch.float64)
-    _compare(case, dx, grad.double() @ _dense(case, q, scale, block) + extra, case.kind("dx"), extra)
+    _compare(case, dx.sum(0), grad.double() @ _dense(case, q, scale, block) + extra, case.kind("grad"), extra)
 
 
 def run_rows(case: Case) -> None:
@@ -167,7 +170,14 @@ def run_rows(case: Case) -> None:
         y_stride=n,
     )
     extra = bias.double().expand(m, n) if case.constant("HAS_BIAS") else torch.zeros(m, n, dtype=torch.float64)
-    _compare(case, y, x.double() @ _dense(case, q, scale, block).T + extra, case.kind("y"), extra)
+    _compare(case, y.sum(0), x.double() @ _dense(case, q, scale, block).T + extra, case.kind("y"), extra)
+
+
+def run_sum(case: Case) -> None:
+    size, count = 2 * case.constant("B") + 7, 3
+    parts, y = torch.randn(count, size), torch.zeros(size, dtype=case.dtype("y"))
+    case.launch((3,), parts=parts, y=y, size=size, count=count)
+    assert torch.equal(y, (parts[0] + parts[1] + parts[2]).to(y.dtype))
 
 
 def _limits(case: Case, dtype: torch.dtype) -> dict[str, float]:
@@ -231,12 +241,12 @@ def run_encode(case: Case) -> None:
 def run_dequantize(case: Case) -> None:
     bm, bn, how = case.constant("BM"), case.constant("BN"), case.constant("SCALES")
     block = 24 if how == "each" else bn // case.constant("GROUPS")
-    rows, columns = bm + 1, 10 * block if how == "each" else bn + block
+    rows, columns = 2 * bm + 1, 10 * block if how == "each" else bn + block
     codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
     scale = _scales(case, rows, columns, how, block).unsqueeze(-1)
     out = torch.zeros(rows, columns, dtype=case.dtype("out"))
     case.launch(
-        (-(-rows // bm) * -(-columns // bn),),
+        (-(-rows // (2 * bm)) * -(-columns // bn),),
         **{"q": codes, "scale": scale, "out": out, "rows": rows, "columns": columns, "block": block},
         **{"q_stride": columns, "scale_row": scale.shape[1], "scale_block": 1, "out_stride": columns},
     )
@@ -248,6 +258,7 @@ DRIVERS: dict[str, Callable[[Case], None]] = {
     "_fp8_linear_fwd_kernel": run_forward,
     "_fp8_linear_dx_kernel": run_input_gradient,
     "_fp8_linear_rows_kernel": run_rows,
+    "_fp8_linear_sum_kernel": run_sum,
     "_fp8_quantize_groups_kernel": run_quantize_groups,
     "_fp8_peaks_kernel": run_peaks,
     "_fp8_scales_kernel": run_scales,

@@ -91,6 +91,7 @@ def _fp8_linear_fwd_kernel(
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LOW: tl.constexpr,
+    PARTS: tl.constexpr,
     SWAP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -104,7 +105,8 @@ def _fp8_linear_fwd_kernel(
     scales in a K step, or one scale for several steps; `after` has one, for the
     step's sums; `each` looks one up per weight (block sizes that fit neither).
     EVEN: BK divides K. WORDS: q is given as 32-bit words of four codes, and its stride in words. SWAP computes the tile
-    as W x^T, for processors whose left operand may stay in registers or tensor memory.
+    as W x^T, for processors whose left operand may stay in registers or tensor memory. PARTS: the second axis of the
+    grid shares out K, and y is float32 [parts, M, N], to be added by `_fp8_linear_sum_kernel`.
     """
     KIND: tl.constexpr = x.dtype.element_ty
     tile_m, tile_n = place(tl.program_id(0), M, N, BM, BN, GROUP)
@@ -121,6 +123,13 @@ def _fp8_linear_fwd_kernel(
     q_in = near_n[:, None] * q_stride + tl.arange(0, BK // 4 if WORDS else BK)[None, :]
     safe_n = (tile_n * BN).to(tl.int64) + near_n
     s_row = scale + safe_n * scale_row
+    part = tl.program_id(1)
+    begin = 0
+    end = K
+    if PARTS:
+        share = tl.cdiv(tl.cdiv(K, BK), tl.num_programs(1)) * BK
+        begin = part * share
+        end = min(K, begin + share)
     groups = tl.arange(0, GROUPS)
     x_at = x_base + x_in
     q_at = q_base + q_in
@@ -128,8 +137,14 @@ def _fp8_linear_fwd_kernel(
     if SCALES == "step" or SCALES == "after":
         # a scale is read one step ahead: its load is too narrow for the asynchronous copies that hide the others
         s_at = s_row[:, None] + groups[None, :] * scale_block
-        s = tl.load(s_at)
-    for k in range(0, K, BK):
+        if PARTS:
+            s_first = tl.where(begin < K, begin // BLOCK, 0)
+            s = tl.load(s_at + s_first * scale_block)
+            if BLOCK <= BK:
+                s_at += s_first * scale_block
+        else:
+            s = tl.load(s_at)
+    for k in range(begin, end, BK):
         if EVEN:
             a = tl.load(x_at + k)
             codes = tl.load(q_at + (k // 4 if WORDS else k))
@@ -159,7 +174,7 @@ def _fp8_linear_fwd_kernel(
             acc = tl.dot(a, w.T, acc)
         if SCALES == "step" or SCALES == "after":
             # past the end the scale stays, in its register: cheaper than a zero
-            later = (k + BK + groups * 0 < K)[None, :]
+            later = (k + BK + groups * 0 < end)[None, :]
             if BLOCK <= BK:
                 s_at += GROUPS * scale_block
                 s = tl.load(s_at, mask=later, other=s)
@@ -172,11 +187,13 @@ def _fp8_linear_fwd_kernel(
     if SCALES == "row":
         acc *= tl.load(s_row).to(tl.float32)[None, :]
     if HAS_BIAS:
-        acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        b = tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)
+        acc += (tl.where(part == 0, b, 0.0) if PARTS else b)[None, :]
     if HAS_LOW:
+        rank = tl.where(part == 0, rank, 0)
         acc = add_low_rank(acc, low, up, rows, columns, M, N, rank, low_stride, up_stride, 1, strength, KIND, BR)
-    out = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
-    tl.store(out, acc.to(KIND), mask=(rows < M)[:, None] & (columns < N)[None, :])
+    out = y + (part.to(tl.int64) * M + rows)[:, None] * y_stride + columns[None, :]
+    tl.store(out, acc.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -210,6 +227,7 @@ def _fp8_linear_dx_kernel(
     GROUPS: tl.constexpr,
     EVEN: tl.constexpr,
     HAS_LOW: tl.constexpr,
+    PARTS: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -221,6 +239,7 @@ def _fp8_linear_dx_kernel(
     SCALES: `one` for a single scale, applied at the end; `step` for GROUPS scales per row of W in a tile's columns
     (one where the layout is by channel: scale_block is then 0); `each` for one look-up per weight. EVEN: BN divides K
     and BK divides N. WORDS: q is given as 32-bit words of four codes, and its stride in words.
+    PARTS: as in the forward; the grid's second axis shares out N.
     """
     KIND: tl.constexpr = grad.dtype.element_ty
     tile_m, tile_k = place(tl.program_id(0), M, K, BM, BN, GROUP)
@@ -228,15 +247,27 @@ def _fp8_linear_dx_kernel(
     columns = tile_k * BN + tl.arange(0, BN)
     inner = tl.arange(0, BK)
     safe_m = tl.where(rows < M, rows, 0).to(tl.int64)
+    part = tl.program_id(1)
+    begin = 0
+    end = N
+    if PARTS:
+        share = tl.cdiv(tl.cdiv(N, BK), tl.num_programs(1)) * BK
+        begin = part * share
+        end = min(N, begin + share)
     g_at = grad + safe_m[:, None] * grad_stride + inner[None, :]
     across = tile_k * (BN // 4) + tl.arange(0, BN // 4) if WORDS else columns
     q_at = q + inner.to(tl.int64)[:, None] * q_stride + across[None, :]
+    if PARTS:
+        g_at += begin
+        q_at += begin.to(tl.int64) * q_stride
     if SCALES == "step":
         groups = tile_k * BN // BLOCK + tl.arange(0, GROUPS)
         s_at = scale + inner.to(tl.int64)[:, None] * scale_row + groups[None, :] * scale_block
-        s = tl.load(s_at, mask=(inner < N)[:, None] & (groups * BLOCK < K)[None, :], other=0.0)
+        if PARTS:
+            s_at += begin.to(tl.int64) * scale_row
+        s = tl.load(s_at, mask=(begin + inner < N)[:, None] & (groups * BLOCK < K)[None, :], other=0.0)
     acc = tl.zeros([BM, BN], dtype=tl.float32)
-    for n in range(0, N, BK):
+    for n in range(begin, end, BK):
         if EVEN:
             g = tl.load(g_at)
             codes = tl.load(q_at)
@@ -265,9 +296,20 @@ def _fp8_linear_dx_kernel(
     if SCALES == "one":
         acc *= tl.load(scale).to(tl.float32)
     if HAS_LOW:
+        rank = tl.where(part == 0, rank, 0)
         acc = add_low_rank(acc, low, down, rows, columns, M, K, rank, low_stride, 1, down_stride, strength, KIND, BR)
-    out = dx + rows.to(tl.int64)[:, None] * dx_stride + columns[None, :]
-    tl.store(out, acc.to(KIND), mask=(rows < M)[:, None] & (columns < K)[None, :])
+    out = dx + (part.to(tl.int64) * M + rows)[:, None] * dx_stride + columns[None, :]
+    tl.store(out, acc.to(dx.dtype.element_ty), mask=(rows < M)[:, None] & (columns < K)[None, :])
+
+
+@triton.jit
+def _fp8_linear_sum_kernel(parts, y, size, count, B: tl.constexpr):
+    """y[i] = the sum of parts[:, i] for parts [count, size], in the order of the parts: a run repeats to the bit."""
+    at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    total = tl.zeros([B], dtype=tl.float32)
+    for part in range(0, count):
+        total += tl.load(parts + part * size.to(tl.int64) + at, mask=at < size, other=0.0)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=at < size)
 
 
 @triton.jit

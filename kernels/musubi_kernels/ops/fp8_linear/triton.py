@@ -7,6 +7,7 @@ W, is what takes time. Every launch goes to the current stream of x's device and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -145,95 +146,99 @@ def small(call: Product, tile: Tile | None = None) -> torch.Tensor:
 
 def fused(call: Product, tile: Tile | None = None, *, short: bool = False) -> torch.Tensor:
     """The product in one launch, for float16 and bfloat16; `tile` overrides the table (for measurements)."""
-    target = _triton.capability(call.x.device)
-    chosen = tile or tile_for(target, call.x.shape[0], transposed=call.transposed, short=short)
+    x, q, scale = call.x, call.q, call.scale
+    m, n, k = x.shape[0], q.shape[0], q.shape[1]
+    rank, low, tail = _low_rank(call)
+    target = _triton.capability(x.device)
+    made = _prepare(
+        call.transposed,
+        tile or tile_for(target, m, call.outputs, transposed=call.transposed, short=short),
+        target,
+        (call.fmt, call.kind, scale.dtype),
+        (n, k, tuple(scale.shape), scale.stride()),
+        _aligned(q),
+        call.bias is not None,
+        rank,
+    )
     y = call.empty()
-    launch = _launch_dx if call.transposed else _launch_forward
-    with _triton.on_device(call.x):
-        launch(call, chosen, target, y)
+    parts = made.parts if short or tile is not None else 1
+    out = y if parts == 1 else torch.empty((parts, m, call.outputs), dtype=torch.float32, device=x.device)
+    codes = q.view(torch.int32) if made.words else q
+    strides = (x.stride(0), codes.stride(0), made.by_row, made.by_block, low.stride(0), tail.stride(0), y.stride(0))
+    grid = (cdiv(m, made.bm) * made.across, parts)
+    constants = made.constants[parts > 1]
+    kernels = _triton.kernels("fp8_linear")
+    with _triton.on_device(x):
+        if call.transposed:
+            kernels._fp8_linear_dx_kernel[grid](
+                x, codes, scale, low, tail, out, m, n, k, rank, call.strength, *strides, **constants
+            )
+        else:
+            bias = x if call.bias is None else call.bias
+            kernels._fp8_linear_fwd_kernel[grid](
+                x, codes, scale, bias, low, tail, out, m, n, k, rank, call.strength, *strides, **constants
+            )
+        if parts > 1:
+            size = y.numel()
+            kernels._fp8_linear_sum_kernel[(cdiv(size, SUM_TILE),)](out, y, size, parts, B=SUM_TILE, num_warps=4)
     return y
 
 
-def _launch_forward(call: Product, tile: Tile, target: int, y: torch.Tensor) -> None:
-    from musubi_kernels.ops.fp8_linear import kernels
+@dataclass(frozen=True)
+class Prepared:
+    """What a launch needs besides tensors, the same for all calls of a layer with rows of one bucket."""
 
-    (m, k), n = call.x.shape, call.q.shape[0]
-    scales = _triton.scales_of(call.q, call.scale)
-    how, block, groups = _triton.step_of(scales, tile.bk, k, otherwise="row")
-    if tile.after and how == "step" and groups == 1:
+    bm: int
+    across: int
+    parts: int
+    words: bool
+    by_row: int
+    by_block: int
+    constants: tuple[dict[str, Any], dict[str, Any]]
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare(
+    transposed: bool,
+    tile: Tile,
+    target: int,
+    types: tuple[str, str, torch.dtype],
+    layer: tuple[int, int, tuple[int, ...], tuple[int, ...]],
+    aligned: bool,
+    bias: bool,
+    rank: int,
+) -> Prepared:
+    n, k, shape, stride = layer
+    scales = _triton.layout_of(k, shape, stride)
+    width, outputs, inputs = (tile.bn, k, n) if transposed else (tile.bk, n, k)
+    otherwise = "row" if not transposed else "one" if scales.layout == "tensor" else "step"
+    how, block, groups = _triton.step_of(scales, width, k, otherwise=otherwise)
+    if tile.after and how == "step" and groups == 1 and not transposed:
         how = "after"
-    rank, low, tail = _low_rank(call)
-    even = k % tile.bk == 0
-    words = even and how != "each" and prefers_words(target, tile) and _words(call.q, block)
-    types = (call.fmt, call.kind, scales.tensor.dtype)
-    constants = forward_constants(
-        tile, target, Case(*types, how, block, groups, even, words, call.bias is not None, rank)
-    )
-    q = call.q.view(torch.int32) if constants["WORDS"] else call.q
-    kernels._fp8_linear_fwd_kernel[(cdiv(m, tile.bm) * cdiv(n, tile.bn),)](
-        call.x,
-        q,
-        scales.tensor,
-        call.x if call.bias is None else call.bias,
-        low,
-        tail,
-        y,
-        m,
-        n,
-        k,
-        rank,
-        call.strength,
-        call.x.stride(0),
-        q.stride(0),
+    even = inputs % tile.bk == 0 and (not transposed or k % tile.bn == 0)
+    words = even and how != "each" and prefers_words(target, tile) and aligned and block % 4 == 0
+    case = Case(*types, how, block, groups, even, words, bias, rank)
+    make = dx_constants if transposed else forward_constants
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    both = [{**make(tile, target, case), "PARTS": split, **options} for split in (False, True)]
+    across = cdiv(outputs, tile.bn)
+    return Prepared(
+        tile.bm,
+        across,
+        parts_for(across, cdiv(inputs, tile.bk)) if tile.split else 1,
+        both[0]["WORDS"],
         scales.by_row,
         scales.by_block,
-        low.stride(0),
-        tail.stride(0),
-        y.stride(0),
-        **constants,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,
+        (both[0], both[1]),
     )
 
 
-def _launch_dx(call: Product, tile: Tile, target: int, y: torch.Tensor) -> None:
-    from musubi_kernels.ops.fp8_linear import kernels
-
-    (m, n), k = call.x.shape, call.q.shape[1]
-    scales = _triton.scales_of(call.q, call.scale)
-    otherwise = "one" if scales.layout == "tensor" else "step"
-    how, block, groups = _triton.step_of(scales, tile.bn, k, otherwise=otherwise)
-    rank, low, tail = _low_rank(call)
-    even = k % tile.bn == 0 and n % tile.bk == 0
-    words = even and how != "each" and prefers_words(target, tile) and _words(call.q, block)
-    types = (call.fmt, call.kind, scales.tensor.dtype)
-    constants = dx_constants(tile, target, Case(*types, how, block, groups, even, words, False, rank))
-    q = call.q.view(torch.int32) if constants["WORDS"] else call.q
-    kernels._fp8_linear_dx_kernel[(cdiv(m, tile.bm) * cdiv(k, tile.bn),)](
-        call.x,
-        q,
-        scales.tensor,
-        low,
-        tail,
-        y,
-        m,
-        n,
-        k,
-        rank,
-        call.strength,
-        call.x.stride(0),
-        q.stride(0),
-        scales.by_row,
-        scales.by_block,
-        low.stride(0),
-        tail.stride(0),
-        y.stride(0),
-        **constants,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,
-    )
+def parts_for(programs: int, steps: int) -> int:
+    """Into how many parts a short product shares its steps: some 500 programs, at least four steps in each."""
+    parts = 1
+    while parts < 16 and 2 * parts * programs <= 640 and steps >= 8 * parts:
+        parts *= 2
+    return parts
 
 
 def prefers_words(target: int, tile: Tile) -> bool:
@@ -244,10 +249,9 @@ def prefers_words(target: int, tile: Tile) -> bool:
     return target not in (90, 100) or tile.bm < 64
 
 
-def _words(q: torch.Tensor, block: int) -> bool:
+def _aligned(q: torch.Tensor) -> bool:
     """Whether rows of codes can be read as aligned 32-bit words, four to a load."""
-    aligned = q.stride(0) % 16 == 0 and q.data_ptr() % 16 == 0 and q.storage_offset() % 4 == 0
-    return aligned and q.shape[1] % 4 == 0 and block % 4 == 0
+    return q.stride(0) % 16 == 0 and q.data_ptr() % 16 == 0 and q.storage_offset() % 4 == 0 and q.shape[1] % 4 == 0
 
 
 def _low_rank(call: Product) -> tuple[int, torch.Tensor, torch.Tensor]:
@@ -259,20 +263,19 @@ def _low_rank(call: Product) -> tuple[int, torch.Tensor, torch.Tensor]:
 
 def vector(call: Product) -> torch.Tensor:
     """The product for a row or two, all in float32."""
-    from musubi_kernels.ops.fp8_linear import kernels
-
+    kernels = _triton.kernels("fp8_linear")
     (m, k), n = call.x.shape, call.q.shape[0]
     tile = VECTOR_TILE if _triton.capability(call.x.device) else Tile(1, 16, 64, 4, 1)
     scales = _triton.scales_of(call.q, call.scale)
     how, block, groups = _triton.step_of(scales, tile.bk, k, otherwise="row")
-    types, even = (call.fmt, call.kind, scales.tensor.dtype), k % tile.bk == 0
+    types, even = (call.fmt, call.kind, call.scale.dtype), k % tile.bk == 0
     case = Case(*types, how, block, groups, even, False, call.bias is not None, 0)
     y = call.empty()
     with _triton.on_device(call.x):
         kernels._fp8_linear_rows_kernel[(cdiv(n, tile.bn), m)](
             call.x,
             call.q,
-            scales.tensor,
+            call.scale,
             call.x if call.bias is None else call.bias,
             y,
             n,
@@ -318,10 +321,29 @@ Buckets = tuple[tuple[int, Tile], ...]
 """(up to how many rows, tile): the first that fits is taken, so lengths within a bucket compile nothing anew."""
 ANY: Final = 1 << 62
 
-SMALL: Final[Buckets] = (
-    (16, Tile(16, 64, 64, 4, 5, after=True, why="the shortest of tensor cores; five steps in flight hide the DRAM")),
-    (ANY, Tile(32, 64, 64, 4, 4, after=True)),
-)
+NARROW: Final = 4096
+"""Outputs up to which a short tile is narrow: enough programs for all multiprocessors."""
+
+SMALL: Final[dict[bool, Buckets]] = {
+    True: (
+        (16, Tile(16, 32, 256, 4, 5, split=True, why="long steps: few, wide loads; best of 48 on an H200")),
+        (ANY, Tile(32, 32, 128, 4, 4, split=True)),
+    ),
+    False: (
+        (16, Tile(16, 64, 128, 4, 5, split=True, why="five steps in flight hide the DRAM; best of 48 on an H200")),
+        (ANY, Tile(32, 64, 128, 4, 4, split=True)),
+    ),
+}
+SMALL_DX: Final[dict[bool, Buckets]] = {
+    True: (
+        (16, Tile(16, 32, 256, 4, 5, split=True, why="as in the forward")),
+        (ANY, Tile(32, 32, 128, 4, 4, split=True)),
+    ),
+    False: (
+        (16, Tile(16, 64, 128, 4, 5, split=True, why="64 columns share a scale")),
+        (ANY, Tile(32, 64, 128, 4, 4, split=True)),
+    ),
+}
 FORWARD: Final[dict[int, Buckets]] = {
     80: (
         (64, Tile(64, 64, 64, 4, 4, why="more tiles than 128 rows would give: enough for all multiprocessors")),
@@ -329,41 +351,49 @@ FORWARD: Final[dict[int, Buckets]] = {
     ),
     90: (
         (64, Tile(64, 64, 64, 4, 4)),
-        (ANY, Tile(128, 128, 64, 8, 4, why="227 KB of shared memory hold a deeper pipeline")),
+        (ANY, Tile(128, 128, 64, 8, 3, why="best of 36 on an H200 from 256 rows; a fourth step buys nothing")),
     ),
 }
-SMALL_DX: Final[Buckets] = ((16, Tile(16, 64, 64, 4, 5)), (ANY, Tile(32, 64, 64, 4, 4)))
 DX: Final[dict[int, Buckets]] = {
     80: (
         (64, Tile(64, 64, 64, 4, 4)),
         (ANY, Tile(128, 64, 64, 4, 4, why="64 columns share one scale a row: it is a vector, and registers fit")),
     ),
-    90: ((64, Tile(64, 64, 64, 4, 4)), (ANY, Tile(128, 64, 64, 4, 4))),
+    90: (
+        (64, Tile(64, 64, 64, 4, 4)),
+        (1024, Tile(128, 64, 64, 4, 4, why="best of 18 on an H200 at 256 rows")),
+        (ANY, Tile(128, 128, 64, 4, 3, why="best of 18 on an H200 at 4,096 rows")),
+    ),
 }
 INTERPRETED: Final = Tile(32, 32, 64, 4, 2)
-INTERPRETED_SMALL: Final = Tile(16, 32, 64, 4, 2, after=True)
+INTERPRETED_SMALL: Final = Tile(16, 32, 64, 4, 2, after=True, split=True)
 """The interpreter's tiles: small, so that ragged sizes have several tiles."""
+SUM_TILE: Final = 512
 
 
-def tile_for(target: int, rows: int, *, transposed: bool, short: bool = False) -> Tile:
+@functools.lru_cache(maxsize=4096)
+def tile_for(target: int, rows: int, outputs: int, *, transposed: bool, short: bool = False) -> Tile:
     """The tile for `rows` rows on compute capability `target`; `short` for the way that reads W once."""
     if target == 0:
         return INTERPRETED_SMALL if short and rows <= 16 else INTERPRETED
-    return next(tile for most, tile in _buckets(target, transposed=transposed, short=short) if rows <= most)
+    if short:
+        buckets = (SMALL_DX if transposed else SMALL)[outputs <= NARROW]
+    else:
+        buckets = (DX if transposed else FORWARD)[90 if target in (90, 100) else 80]
+    return next(tile for most, tile in buckets if rows <= most)
 
 
 def tiles(target: int, *, transposed: bool) -> list[Tile]:
     """Every tile that compute capability `target` can be given."""
     if target == 0:
         return [INTERPRETED, INTERPRETED_SMALL]
-    both = [_buckets(target, transposed=transposed, short=short) for short in (True, False)]
-    return [tile for buckets in both for _, tile in buckets]
-
-
-def _buckets(target: int, *, transposed: bool, short: bool) -> Buckets:
-    if short:
-        return SMALL_DX if transposed else SMALL
-    return (DX if transposed else FORWARD)[90 if target in (90, 100) else 80]
+    cases = [(True, 1), (True, NARROW + 1), (False, NARROW)]
+    found = [
+        tile_for(target, rows, outputs, transposed=transposed, short=short)
+        for short, outputs in cases
+        for rows in ((16, 32) if short else (64, 1024, 1 << 20))
+    ]
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -399,6 +429,7 @@ def _constants(tile: Tile, target: int, case: Case) -> dict[str, Any]:
         "GROUPS": case.groups,
         "EVEN": case.even,
         "HAS_LOW": case.rank > 0,
+        "PARTS": False,
         "BM": tile.bm,
         "BN": tile.bn,
         "BK": tile.bk,
@@ -441,11 +472,28 @@ def shipped() -> Iterator[Shipped]:
             for tile in tiles(target, transposed=transposed):
                 yield from _shipped_tile(target, tile, transposed)
         yield from _shipped_rows(target)
+    yield from _shipped_sum()
+
+
+def _shipped_sum() -> Iterator[Shipped]:
+    function = _triton.kernels("fp8_linear")._fp8_linear_sum_kernel
+    for kind in ("bf16", "fp16"):
+        yield Shipped(
+            name=f"fp8_linear_sum-{kind}",
+            function=function,
+            signature={"parts": "*fp32", "y": f"*{kind}", "size": "i32", "count": "i32"},
+            constexprs={"B": SUM_TILE},
+            num_warps=4,
+            num_stages=3,
+            targets=_triton.TARGETS,
+            op="fp8_linear",
+            aligned=("parts", "y", "size"),
+            core=kind == "bf16",
+        )
 
 
 def _shipped_rows(target: int) -> Iterator[Shipped]:
-    from musubi_kernels.ops.fp8_linear import kernels
-
+    kernels = _triton.kernels("fp8_linear")
     function, tile = kernels._fp8_linear_rows_kernel, VECTOR_TILE
     fp32, groups = torch.float32, max(1, tile.bk // 64)
     for case in (
@@ -472,15 +520,16 @@ def _shipped_rows(target: int) -> Iterator[Shipped]:
 
 
 def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped]:
-    from musubi_kernels.ops.fp8_linear import kernels
-
+    kernels = _triton.kernels("fp8_linear")
     function = kernels._fp8_linear_dx_kernel if transposed else kernels._fp8_linear_fwd_kernel
     integers = [name for name in function.arg_names if name.endswith("_stride")]
-    for case in _cases(tile, transposed, prefers_words(target, tile)):
-        constants = (dx_constants if transposed else forward_constants)(tile, target, case)
+    cases = [(case, False) for case in _cases(tile, transposed, prefers_words(target, tile))]
+    for case, parts in (*cases, *[(case, True) for case, _ in cases[:2] if tile.split]):
+        constants = (dx_constants if transposed else forward_constants)(tile, target, case) | {"PARTS": parts}
         wide = {"x": case.kind, "grad": case.kind, "y": case.kind, "dx": case.kind, "low": case.kind, "bias": case.kind}
         types = {
             **wide,
+            **({"y": "fp32", "dx": "fp32"} if parts else {}),
             "q": "i32" if constants["WORDS"] else "u8",
             "scale": _triton.KINDS[case.scale],
             "up": "fp32",
@@ -500,7 +549,8 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
         )
         yield Shipped(
             name=f"fp8_linear_{'dx' if transposed else 'fwd'}-{tile.name}-{case.kind}-{case.fmt}-{case.how}"
-            f"-{_triton.KINDS[case.scale]}{'-words' if case.words else ''}{'-lora' if case.rank else ''}",
+            f"-{_triton.KINDS[case.scale]}{'-words' if case.words else ''}{'-lora' if case.rank else ''}"
+            f"{'-parts' if parts else ''}",
             function=function,
             signature=signature,
             constexprs=constants,

@@ -33,6 +33,25 @@ def encode(value, E5M2: tl.constexpr):
 
 
 @triton.jit
+def encode_ratio(value, scale, E5M2: tl.constexpr, ASM: tl.constexpr):
+    """value / scale, correctly rounded to float32, then to a code; both [G, W] and [G, 1].
+
+    One division a scale instead of one a value: with r = 1 / scale rounded, q0 = value r and q0 + r (value - q0 scale)
+    is the rounded quotient (Markstein 1990), the remainder being exact in a fused multiply-add. Where the remainder
+    underflows, the quotient is below any code. A zero scale (float16) divides as usual: infinite or
+    NaN; a zero keeps its sign.
+    """
+    r = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
+    q0 = value * r
+    rest = tl.fma(-q0, tl.broadcast_to(scale, value.shape), value)
+    ratio = tl.where((scale == 0.0) | (q0 == 0.0), q0, tl.fma(rest, tl.broadcast_to(r, value.shape), q0))
+    if ASM == "":
+        return encode(ratio, E5M2)
+    ratio = tl.where(ratio != ratio, 0.0, ratio)
+    return tl.inline_asm_elementwise(ASM, "=r,f,f,f,f", [ratio], dtype=tl.uint8, is_pure=True, pack=4)
+
+
+@triton.jit
 def scale_from_peak(peak, bad, largest, smallest, KIND: tl.constexpr):
     """max(peak / largest, smallest) as the scale's type holds it; NaN where a value was NaN (`bad`)."""
     scale = tl.div_rn(peak, tl.zeros_like(peak) + largest).to(KIND).to(tl.float32)
@@ -52,6 +71,7 @@ def _fp8_quantize_groups_kernel(
     largest,
     smallest,
     E5M2: tl.constexpr,
+    ASM: tl.constexpr,
     BG: tl.constexpr,
     BW: tl.constexpr,
 ):
@@ -65,8 +85,8 @@ def _fp8_quantize_groups_kernel(
     bad = tl.max((value != value).to(tl.int32), axis=1)
     s = scale_from_peak(peak, bad, largest, smallest, scale.dtype.element_ty)
     tl.store(scale + g, s.to(scale.dtype.element_ty), mask=g < groups)
-    scaled = tl.div_rn(value, tl.broadcast_to(s[:, None], [BG, BW]))
-    tl.store(q + g[:, None] * width + inner[None, :], encode(scaled, E5M2), mask=mask)
+    codes = encode_ratio(value, s[:, None], E5M2, ASM)
+    tl.store(q + g[:, None] * width + inner[None, :], codes, mask=mask)
 
 
 @triton.jit
@@ -100,14 +120,24 @@ def _fp8_scales_kernel(peaks, scale, together, largest, smallest, BP: tl.constex
 
 
 @triton.jit
-def _fp8_encode_kernel(w, q, scale, width, w_stride, scale_row, E5M2: tl.constexpr, BW: tl.constexpr):
+def _fp8_encode_kernel(
+    w, q, scale, width, w_stride, scale_row, E5M2: tl.constexpr, ASM: tl.constexpr, BW: tl.constexpr
+):
     """q[row, :] from w[row, :] and the scale at row * scale_row; program (i, row) takes BW of the row's values."""
     row = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0).to(tl.int64) * BW + tl.arange(0, BW)
     value = tl.load(w + row * w_stride + at, mask=at < width, other=0.0).to(tl.float32)
     s = tl.load(scale + row * scale_row).to(tl.float32)
-    scaled = tl.div_rn(value, tl.zeros_like(value) + s)
-    tl.store(q + row * width + at, encode(scaled, E5M2), mask=at < width)
+    codes = encode_ratio(value[None, :], (tl.zeros([1], tl.float32) + s)[:, None], E5M2, ASM).reshape(BW)
+    tl.store(q + row * width + at, codes, mask=at < width)
+
+
+@triton.jit
+def decode_float(codes, E5M2: tl.constexpr, ASM: tl.constexpr):
+    """uint8 codes to float32, all 256 exactly; ASM gives four float16, which hold every code."""
+    if ASM == "":
+        return decode_exact(codes, E5M2)
+    return tl.inline_asm_elementwise(ASM, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4).to(tl.float32)
 
 
 @triton.jit
@@ -123,6 +153,7 @@ def _fp8_dequantize_kernel(
     scale_block,
     out_stride,
     E5M2: tl.constexpr,
+    ASM: tl.constexpr,
     SCALES: tl.constexpr,
     GROUPS: tl.constexpr,
     BM: tl.constexpr,
@@ -131,18 +162,26 @@ def _fp8_dequantize_kernel(
     """out[r, c] = q[r, c] * scale, in float32, rounded once. `step`: a tile's columns hold GROUPS whole scales."""
     across = tl.cdiv(columns, BN)
     pid = tl.program_id(0)
-    r = (pid // across).to(tl.int64) * BM + tl.arange(0, BM)
+    first = (pid // across).to(tl.int64) * (2 * BM)
     start = pid % across * BN
+    # two tiles, one below the other, both loaded before either is stored: twice the bytes in flight
+    r, r2 = first + tl.arange(0, BM), first + BM + tl.arange(0, BM)
     c = start + tl.arange(0, BN)
-    mask = (r < rows)[:, None] & (c < columns)[None, :]
-    codes = tl.load(q + r[:, None] * q_stride + c[None, :], mask=mask, other=0)
+    inside, inside2 = (r < rows)[:, None] & (c < columns)[None, :], (r2 < rows)[:, None] & (c < columns)[None, :]
+    codes = tl.load(q + r[:, None] * q_stride + c[None, :], mask=inside, other=0)
+    codes2 = tl.load(q + r2[:, None] * q_stride + c[None, :], mask=inside2, other=0)
     if SCALES == "step":
         g = start // block + tl.arange(0, GROUPS)
-        inside = (r < rows)[:, None] & (g * block < columns)[None, :]
-        s = tl.load(scale + r[:, None] * scale_row + g[None, :] * scale_block, mask=inside, other=0.0).to(tl.float32)
-        factor = spread(s, BM, GROUPS, BN)
+        known = (g * block < columns)[None, :]
+        at = scale + g[None, :] * scale_block
+        s = tl.load(at + r[:, None] * scale_row, mask=(r < rows)[:, None] & known, other=0.0)
+        s2 = tl.load(at + r2[:, None] * scale_row, mask=(r2 < rows)[:, None] & known, other=0.0)
+        factor, factor2 = spread(s.to(tl.float32), BM, GROUPS, BN), spread(s2.to(tl.float32), BM, GROUPS, BN)
     else:
-        at = scale + r[:, None] * scale_row + (c // block)[None, :] * scale_block
-        factor = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    value = decode_exact(codes, E5M2) * factor
-    tl.store(out + r[:, None] * out_stride + c[None, :], value.to(out.dtype.element_ty), mask=mask)
+        at = scale + (c // block)[None, :] * scale_block
+        factor = tl.load(at + r[:, None] * scale_row, mask=inside, other=0.0).to(tl.float32)
+        factor2 = tl.load(at + r2[:, None] * scale_row, mask=inside2, other=0.0).to(tl.float32)
+    to = out.dtype.element_ty
+    value, value2 = decode_float(codes, E5M2, ASM) * factor, decode_float(codes2, E5M2, ASM) * factor2
+    tl.store(out + r[:, None] * out_stride + c[None, :], value.to(to), mask=inside)
+    tl.store(out + r2[:, None] * out_stride + c[None, :], value2.to(to), mask=inside2)

@@ -9,6 +9,7 @@ import torch
 
 from musubi_kernels import _triton
 from musubi_kernels._formats import FORMATS, SMALLEST_SCALE, Mode
+from musubi_kernels._ptx_decoders import encoder, raw_decoder
 from musubi_kernels._triton import Shipped, cdiv
 
 TILE_GROUPS: Final = 1024
@@ -58,8 +59,7 @@ def _limits(scale: torch.Tensor, fmt: str) -> tuple[float, float]:
 
 
 def _quantize_groups(flat: torch.Tensor, width: int, q: torch.Tensor, scale: torch.Tensor, fmt: str) -> None:
-    from musubi_kernels.ops.fp8_quantize import kernels
-
+    kernels = _triton.kernels("fp8_quantize")
     groups = flat.numel() // width
     wide = power_of_two(width)
     together = max(1, 2048 // wide)
@@ -73,6 +73,7 @@ def _quantize_groups(flat: torch.Tensor, width: int, q: torch.Tensor, scale: tor
         flat.stride(0),
         *_limits(scale, fmt),
         E5M2=fmt == "e5m2",
+        ASM=encoder(fmt, _triton.capability(q.device)),
         BG=together,
         BW=wide,
         num_warps=4,
@@ -81,8 +82,7 @@ def _quantize_groups(flat: torch.Tensor, width: int, q: torch.Tensor, scale: tor
 
 
 def _quantize_long(rows: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str) -> None:
-    from musubi_kernels.ops.fp8_quantize import kernels
-
+    kernels = _triton.kernels("fp8_quantize")
     count, width = rows.shape
     together = 1 if count > 1 else min(1024, cdiv(width, 4 * ENCODE_WIDTH))
     piece = cdiv(width, together)
@@ -113,6 +113,7 @@ def _quantize_long(rows: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt
         rows.stride(0),
         1,
         E5M2=fmt == "e5m2",
+        ASM=encoder(fmt, _triton.capability(q.device)),
         BW=ENCODE_WIDTH,
         num_warps=4,
         enable_fp_fusion=True,
@@ -126,20 +127,20 @@ def power_of_two(width: int) -> int:
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
     """codes * scale rounded to `dtype`, with q's shape, contiguous. q may be a slice of a matrix."""
-    from musubi_kernels.ops.fp8_quantize import kernels
-
+    kernels = _triton.kernels("fp8_quantize")
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     flat = _triton.matrix(q) if q.ndim == 2 else q.reshape(1, -1)
     if flat.numel() == 0:
         return out
     rows, columns = flat.shape
     scales = _triton.scales_of(flat, scale)
-    bm, bn = DEQUANTIZE_TILE if _triton.capability(out.device) else INTERPRETED_TILE
+    target = _triton.capability(out.device)
+    bm, bn = DEQUANTIZE_TILE if target else INTERPRETED_TILE
     how, block, groups = _triton.step_of(scales, bn, columns, otherwise="step")
     with _triton.on_device(out):
-        kernels._fp8_dequantize_kernel[(cdiv(rows, bm) * cdiv(columns, bn),)](
+        kernels._fp8_dequantize_kernel[(cdiv(rows, 2 * bm) * cdiv(columns, bn),)](
             flat,
-            scales.tensor,
+            scale,
             out,
             rows,
             columns,
@@ -149,6 +150,7 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtyp
             scales.by_block,
             columns,
             E5M2=fmt == "e5m2",
+            ASM=raw_decoder(fmt, target),
             SCALES=how,
             GROUPS=groups,
             BM=bm,
@@ -161,15 +163,17 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtyp
 
 def shipped() -> Iterator[Shipped]:
     """Every kernel of this op, for bf16 weights and scales and, besides, float32 ones."""
-    for kind in ("bf16", "fp16", "fp32"):
-        for fmt in ("e4m3", "e5m2"):
-            yield from _shipped_types(kind, fmt)
+    old, new = (t for t in _triton.TARGETS if t < 89), (t for t in _triton.TARGETS if t >= 89)
+    for targets in (tuple(old), tuple(new)):
+        for kind in ("bf16", "fp16", "fp32"):
+            for fmt in ("e4m3", "e5m2"):
+                yield from _shipped_types(kind, fmt, targets)
 
 
-def _shipped_types(kind: str, fmt: str) -> Iterator[Shipped]:
-    from musubi_kernels.ops.fp8_quantize import kernels
-
-    form: dict[str, Any] = {"E5M2": fmt == "e5m2"}
+def _shipped_types(kind: str, fmt: str, targets: tuple[int, ...]) -> Iterator[Shipped]:
+    kernels = _triton.kernels("fp8_quantize")
+    form: dict[str, Any] = {"E5M2": fmt == "e5m2", "ASM": encoder(fmt, targets[0])}
+    back = {**form, "ASM": raw_decoder(fmt, targets[0])}
     blocks = {"BG": 32, "BW": 64}
     bm, bn = DEQUANTIZE_TILE
     step = {"SCALES": "step", "BM": bm, "BN": bn}
@@ -178,9 +182,9 @@ def _shipped_types(kind: str, fmt: str) -> Iterator[Shipped]:
         (kernels._fp8_peaks_kernel, {"BW": ENCODE_WIDTH}),
         (kernels._fp8_scales_kernel, {"BP": PEAKS}),
         (kernels._fp8_encode_kernel, {**form, "BW": ENCODE_WIDTH}),
-        (kernels._fp8_dequantize_kernel, {**form, **step, "GROUPS": bn // 64}),
-        (kernels._fp8_dequantize_kernel, {**form, **step, "GROUPS": 1}),
-        (kernels._fp8_dequantize_kernel, {**form, **step, "SCALES": "each", "GROUPS": 1}),
+        (kernels._fp8_dequantize_kernel, {**back, **step, "GROUPS": bn // 64}),
+        (kernels._fp8_dequantize_kernel, {**back, **step, "GROUPS": 1}),
+        (kernels._fp8_dequantize_kernel, {**back, **step, "SCALES": "each", "GROUPS": 1}),
     ]
     types = {"w": kind, "q": "u8", "scale": kind, "peaks": "fp32", "out": kind}
     for function, constants in listed:
@@ -195,7 +199,7 @@ def _shipped_types(kind: str, fmt: str) -> Iterator[Shipped]:
             constexprs=constants,
             num_warps=8 if function is kernels._fp8_dequantize_kernel else 4,
             num_stages=3,
-            targets=_triton.TARGETS,
+            targets=targets,
             op="fp8_quantize",
             aligned=tuple(n for n in names if n in types or n.endswith("_stride") or n in ("width", "columns")),
             core=kind == "bf16" and fmt == "e4m3",
