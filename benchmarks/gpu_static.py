@@ -112,10 +112,9 @@ def table(result: Survey) -> str:
 
 
 def _native_table(rows: list[NativeKernel]) -> str:
-    lines = [("CUDA kernel", "sm", "regs", "stack", "local", "shared", "spills")]
+    lines = [("CUDA kernel", "sm", "regs", "stack", "shared")]
     for row in sorted(rows, key=lambda r: (r.kernel, r.target)):
-        figures = (row.target, row.registers, row.stack, row.local, row.shared, row.spill_loads + row.spill_stores)
-        lines.append((row.kernel, *map(str, figures)))
+        lines.append((row.kernel, *map(str, (row.target, row.registers, row.stack, row.shared))))
     return _aligned(lines)
 
 

@@ -52,6 +52,15 @@ MUSUBI_DEVICE float load_as_float(const void* from, Dtype dtype, int64_t i) {
   return dtype == Dtype::bf16 ? Bf16::low(bits) : F16::low(bits);
 }
 
+// The same in two steps, so that a value can be under way while other work is done.
+MUSUBI_DEVICE uint32_t load_raw(const void* from, Dtype dtype, int64_t i) {
+  return dtype == Dtype::f32 ? static_cast<const uint32_t*>(from)[i] : static_cast<const uint16_t*>(from)[i];
+}
+
+MUSUBI_DEVICE float float_of(uint32_t raw, Dtype dtype) {
+  return dtype == Dtype::f32 ? bits_to_float(raw) : dtype == Dtype::bf16 ? Bf16::low(raw) : F16::low(raw);
+}
+
 MUSUBI_DEVICE void store_float(void* to, Dtype dtype, int64_t i, float value) {
   if (dtype == Dtype::f32) {
     static_cast<float*>(to)[i] = value;
@@ -60,68 +69,92 @@ MUSUBI_DEVICE void store_float(void* to, Dtype dtype, int64_t i, float value) {
   }
 }
 
-// Four codes as two pairs of float16 (codes 0, 1 and 2, 3), exactly.
-template <Format kFormat>
-MUSUBI_DEVICE void decode_f16(uint32_t codes, uint32_t (&pairs)[2]) {
-  if (kFormat == Format::e5m2) {  // the upper half of a float16
-    pairs[0] = permute(codes, 0, 0x1404);
-    pairs[1] = permute(codes, 0, 0x3424);
-    return;
+#if !MUSUBI_HAS_FP8_CONVERSION
+// The integer decoding of e4m3 makes 480 of NaN. One test for all words: a NaN is not worth more in a loop of products.
+template <int kWords>
+MUSUBI_DEVICE void restore_nan(const uint32_t (&codes)[kWords], uint32_t (&pairs)[kWords][2]) {
+  uint32_t found = 0;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) found |= (codes[i] & 0x7f7f7f7fu) + 0x01010101u;
+  if ((found & 0x80808080u) == 0) return;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const uint32_t nan = ((codes[i] & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+    pairs[i][0] |= (permute(nan, 0, 0x1404) >> 15) * 0x7fffu;
+    pairs[i][1] |= (permute(nan, 0, 0x3424) >> 15) * 0x7fffu;
   }
+}
+#endif
+
+// Words of four codes, each as two pairs of float16 (codes 0, 1 and 2, 3), exactly.
+template <Format kFormat, int kWords>
+MUSUBI_DEVICE void decode_f16(const uint32_t (&codes)[kWords], uint32_t (&pairs)[kWords][2]) {
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
 #if MUSUBI_HAS_FP8_CONVERSION
-  pairs[0] = e4m3_pair_to_f16(codes & 0xffffu);
-  pairs[1] = e4m3_pair_to_f16(codes >> 16);
-#else
-  const __half2 rebias = bit_cast<__half2>(0x5c005c00u);  // 2^8: the exponents of e4m3 and float16 differ by 8
-  const uint32_t spread[2] = {permute(codes, 0, 0x1404), permute(codes, 0, 0x3424)};
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t small = (spread[i] & 0x80008000u) | ((spread[i] >> 1) & 0x3f803f80u);
-    pairs[i] = bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(small), rebias));
-  }
-  if (((codes & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) {  // a NaN, which came out as 480
-    for (int i = 0; i < 2; ++i) {
-      if ((spread[i] & 0x7f00u) == 0x7f00u) pairs[i] |= 0x7fffu;
-      if ((spread[i] & 0x7f000000u) == 0x7f000000u) pairs[i] |= 0x7fff0000u;
+    if (kFormat == Format::e4m3) {
+      pairs[i][0] = e4m3_pair_to_f16(codes[i] & 0xffffu);
+      pairs[i][1] = e4m3_pair_to_f16(codes[i] >> 16);
+      continue;
     }
+#endif
+    pairs[i][0] = permute(codes[i], 0, 0x1404);  // e5m2: the upper half of a float16
+    pairs[i][1] = permute(codes[i], 0, 0x3424);
+#if !MUSUBI_HAS_FP8_CONVERSION
+    if (kFormat == Format::e4m3) {
+      const __half2 rebias = bit_cast<__half2>(0x5c005c00u);  // 2^8: the exponents of e4m3 and float16 differ by 8
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        const uint32_t small = (pairs[i][p] & 0x80008000u) | ((pairs[i][p] >> 1) & 0x3f803f80u);
+        pairs[i][p] = bit_cast<uint32_t>(__hmul2(bit_cast<__half2>(small), rebias));
+      }
+    }
+#endif
   }
+#if !MUSUBI_HAS_FP8_CONVERSION
+  if (kFormat == Format::e4m3) restore_nan(codes, pairs);
 #endif
 }
 
-template <Format kFormat>
-MUSUBI_DEVICE void decode_floats(uint32_t codes, float (&values)[4]) {
-  uint32_t pairs[2];
+template <Format kFormat, int kWords>
+MUSUBI_DEVICE void decode_floats(const uint32_t (&codes)[kWords], float (&values)[kWords][4]) {
+  uint32_t pairs[kWords][2];
   decode_f16<kFormat>(codes, pairs);
-  values[0] = F16::low(pairs[0]);
-  values[1] = F16::high(pairs[0]);
-  values[2] = F16::low(pairs[1]);
-  values[3] = F16::high(pairs[1]);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    values[i][0] = F16::low(pairs[i][0]);
+    values[i][1] = F16::high(pairs[i][0]);
+    values[i][2] = F16::low(pairs[i][1]);
+    values[i][3] = F16::high(pairs[i][1]);
+  }
 }
 
-// Four codes as two pairs of T, exactly.
-template <class T, Format kFormat>
-MUSUBI_DEVICE void decode(uint32_t codes, uint32_t (&pairs)[2]) {
+// Words of four codes, each as two pairs of T, exactly.
+template <class T, Format kFormat, int kWords>
+MUSUBI_DEVICE void decode(const uint32_t (&codes)[kWords], uint32_t (&pairs)[kWords][2]) {
   if (T::dtype == Dtype::f16) return decode_f16<kFormat>(codes, pairs);
 #if !MUSUBI_HAS_FP8_CONVERSION
   if (kFormat == Format::e4m3) {                                          // integer operations and one product per pair
     const __nv_bfloat162 rebias = bit_cast<__nv_bfloat162>(0x7b807b80u);  // 2^120
-    const uint32_t spread[2] = {permute(codes, 0, 0x1404), permute(codes, 0, 0x3424)};
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t small = (spread[i] & 0x80008000u) | ((spread[i] >> 4) & 0x07f007f0u);
-      pairs[i] = bit_cast<uint32_t>(__hmul2(bit_cast<__nv_bfloat162>(small), rebias));
-    }
-    if (((codes & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u) {
-      for (int i = 0; i < 2; ++i) {
-        if ((spread[i] & 0x7f00u) == 0x7f00u) pairs[i] |= 0x7fffu;
-        if ((spread[i] & 0x7f000000u) == 0x7f000000u) pairs[i] |= 0x7fff0000u;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const uint32_t spread[2] = {permute(codes[i], 0, 0x1404), permute(codes[i], 0, 0x3424)};
+#pragma unroll
+      for (int p = 0; p < 2; ++p) {
+        const uint32_t small = (spread[p] & 0x80008000u) | ((spread[p] >> 4) & 0x07f007f0u);
+        pairs[i][p] = bit_cast<uint32_t>(__hmul2(bit_cast<__nv_bfloat162>(small), rebias));
       }
     }
-    return;
+    return restore_nan(codes, pairs);
   }
 #endif
-  float values[4];
+  float values[kWords][4];
   decode_floats<kFormat>(codes, values);
-  pairs[0] = T::pack(values[0], values[1]);
-  pairs[1] = T::pack(values[2], values[3]);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    pairs[i][0] = T::pack(values[i][0], values[i][1]);
+    pairs[i][1] = T::pack(values[i][2], values[i][3]);
+  }
 }
 
 // Numbers that define a format: the bits of its largest value as a float, the mantissa bits that a float has too many,

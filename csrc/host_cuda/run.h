@@ -23,6 +23,7 @@ enum class Fault {
   tile_short_buffer,
   tile_swapped_fragment,
   gradient_swapped_bytes,
+  tile_stored_too_soon,
 };
 
 enum class Order {

@@ -7,8 +7,6 @@ is tested through the same library. Where CUDA's headers or a compiler are missi
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from host_cuda import ROOT, build_host_run
 from kernel_checks import decoded
 from musubi_kernels import _cuda, dequantize_fp8, explain, fp8_linear, fp8_lora_linear, quantize_fp8
 
-ROOT = Path(__file__).parents[2]
-HEADERS = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include", Path("/usr/local/cuda/include")]
 WORST = 5e-3
 """Of the largest output."""
 
@@ -45,22 +42,8 @@ FAULTS = [
     "tile_short_buffer",
     "tile_swapped_fragment",
     "gradient_swapped_bytes",
+    "tile_stored_too_soon",
 ]
-
-
-def _build(folder: str, targets: list[str], *options: str) -> Path:
-    if shutil.which("cmake") is None or not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
-        pytest.skip("no cmake or no C++ compiler")
-    if not any((headers / "cuda_fp8.h").exists() for headers in HEADERS):
-        pytest.skip("CUDA's headers (cuda_fp8.h) are not installed: the kernels' source cannot be compiled here")
-    build = ROOT / "build" / folder  # kept, so that a second run builds nothing
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(build), "-DMUSUBI_HOST_CUDA=ON", "-DMUSUBI_WERROR=ON", *options],
-        ["cmake", "--build", str(build), "--parallel", "2", "--target", *targets],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return build
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -68,29 +51,24 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="session")
-def build() -> Path:
-    return _build("host-cuda", ["host_cuda", "host_cuda_tests_80", "host_cuda_tests_89"], "-DCMAKE_BUILD_TYPE=Release")
-
-
-@pytest.fixture(scope="session")
 def sanitized() -> Path:
-    return _build(
+    return build_host_run(
         "host-cuda-sanitized", ["host_cuda_tests_80"], "-DCMAKE_BUILD_TYPE=Release", "-DMUSUBI_SANITIZE=address"
     )
 
 
 @pytest.mark.parametrize(("target", "order", "seed", "copies"), SCHEDULES)
 def test_kernels_are_right_in_every_order_of_threads(
-    build: Path, target: str, order: str, seed: int, copies: str
+    host_run: Path, target: str, order: str, seed: int, copies: str
 ) -> None:
-    done = _run(str(build / f"host_cuda_tests_{target}"), "run", order, str(seed), copies)
+    done = _run(str(host_run / f"host_cuda_tests_{target}"), "run", order, str(seed), copies)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "all host runs passed" in done.stdout
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_seeded_fault_is_caught(build: Path, fault: str) -> None:
-    done = _run(str(build / "host_cuda_tests_80"), "fault", fault)
+def test_a_seeded_fault_is_caught(host_run: Path, fault: str) -> None:
+    done = _run(str(host_run / "host_cuda_tests_80"), "fault", fault)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "host_test.cpp" in done.stderr, "a case must have failed"
 
@@ -149,9 +127,9 @@ class HostModule:
 
 
 @pytest.fixture
-def host(build: Path, monkeypatch: pytest.MonkeyPatch) -> HostModule:
+def host(host_run: Path, monkeypatch: pytest.MonkeyPatch) -> HostModule:
     """Pins the CUDA bodies, with the host run in place of a device."""
-    module = HostModule(build / "libhost_cuda.so")
+    module = HostModule(host_run / "libhost_cuda.so")
     monkeypatch.setattr(_cuda, "missing", lambda: None)
     monkeypatch.setattr(_cuda, "module", lambda: module)
     monkeypatch.setattr(_cuda, "refuses", lambda *_: None)
@@ -169,7 +147,7 @@ def _check(ours: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("way", "m"), [("small", 1), ("small", 19), ("fused", 37), ("panel", 5)])
-@pytest.mark.parametrize(("mode", "n", "k"), [("block", 72, 192), ("channel", 33, 75), ("tensor", 40, 128)])
+@pytest.mark.parametrize(("mode", "n", "k"), [("block", 72, 192), ("channel", 33, 64), ("tensor", 40, 128)])
 def test_python_passes_a_layer_rightly_each_way(
     *, host: HostModule, monkeypatch: pytest.MonkeyPatch, way: str, m: int, mode: str, n: int, k: int
 ) -> None:

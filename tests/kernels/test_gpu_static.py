@@ -17,11 +17,12 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 import gpu_static
 from gpu_compile import Compiler, Job, Report
 from gpu_gates import baseline_rows, drifts, misses, trial_misses
-from gpu_native import NativeKernel, native_misses
+from gpu_native import NativeKernel, native_misses, short_name
 from gpu_sass import hot_loop, instructions, read_sass, steps_of
 from gpu_static import Survey, survey
 
 SEEDS = "gpu_seeds:seeds"
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for all compilations: minutes on two idle cores
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +117,23 @@ def test_a_forward_above_the_trial_is_caught(seeds: dict[str, Report]) -> None:
 
 
 def test_faults_of_cuda_kernels_are_caught() -> None:
-    good = NativeKernel("a", 80, 64, 0, 0, 1024, 0, 0)
+    good = NativeKernel("a", 80, 64, 0, 1024)
     assert native_misses([good], (80,)) == []
-    assert "spills" in native_misses([dataclasses.replace(good, spill_stores=2)], (80,))[0]
+    assert "16 bytes of stack: spills" in native_misses([dataclasses.replace(good, stack=16)], (80,))[0]
     assert "at most 166912" in native_misses([dataclasses.replace(good, shared=170_000)], (80,))[0]
     assert native_misses([good], (80, 90)) == ["a: no code for sm_90"]
+
+
+@pytest.mark.parametrize(
+    ("signature", "name"),
+    [
+        ("void a::tile<a::F16, (a::Format)0, true>(a::Task, bool)", "a::tile<a::F16, (a::Format)0, true>"),
+        ("a::plain(int (*)(bool))", "a::plain"),
+        ("_Zunreadable", "_Zunreadable"),
+    ],
+)
+def test_names_of_cuda_kernels_keep_their_template_arguments(signature: str, name: str) -> None:
+    assert short_name(signature) == name
 
 
 NESTED = """

@@ -11,6 +11,9 @@ bool whole_rows(const Fp8Rows& w) { return w.scale_block == 0 || w.block >= w.co
 
 LinearTask plain(LinearTask task) {
   if (whole_rows(task.w)) task.w.scale_block = 0;
+  // the stride of a single row may be anything; kernels form the addresses of more
+  if (task.x.rows == 1) task.x.stride = 0;
+  if (task.w.rows == 1) task.w.stride = 0;
   return task;
 }
 
@@ -20,9 +23,15 @@ bool tile_serves(const LinearTask& task) {
   return half && same && (whole_rows(task.w) || task.w.block % kTileBlock == 0);
 }
 
+bool aligned(const void* data, int64_t row_bytes, int64_t rows) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows == 1 || row_bytes % 16 == 0);
+}
+
 bool small_serves(const LinearTask& task) {
   const bool few = !task.transposed && task.low.data == nullptr && task.x.rows <= kSmallRows;
-  return tile_serves(task) && few && (whole_rows(task.w) || task.w.block % kSmallBlock == 0);
+  const bool whole = task.w.cols % kSmallBlock == 0 && aligned(task.w.codes, task.w.stride, task.w.rows) &&
+                     aligned(task.x.data, task.x.stride * 2, task.x.rows);
+  return tile_serves(task) && few && whole && (whole_rows(task.w) || task.w.block % kSmallBlock == 0);
 }
 
 template <class T, Format kFormat>
@@ -32,16 +41,24 @@ int small_as(const LinearTask& task, int64_t stream) {
   return launch_small<T, kFormat, 4>(task, stream);
 }
 
+// e5m2 weights and blocks that are no multiple of 64 are rare: one size of tile for them keeps the build short.
 template <class T, Format kFormat>
 int tile_as(const LinearTask& task, int64_t stream) {
-  if constexpr (kFormat == Format::e4m3) {  // e5m2 weights are rare: one size of tile keeps the build short
-    if (task.x.rows >= kTallFrom) {
-      return task.transposed ? launch_tile<T, kFormat, true, 128>(task, stream)
-                             : launch_tile<T, kFormat, false, 128>(task, stream);
+  constexpr bool common = kFormat == Format::e4m3;
+  const bool tall = common && task.x.rows >= kTallFrom;
+  if (task.transposed) {
+    if constexpr (common) {
+      if (tall) return launch_tile<T, kFormat, true, 128>(task, stream);
+    }
+    return launch_tile<T, kFormat, true, 64>(task, stream);
+  }
+  if constexpr (common) {
+    if (whole_rows(task.w) || task.w.block % kDepth == 0) {
+      return tall ? launch_tile<T, kFormat, false, 128>(task, stream)
+                  : launch_tile<T, kFormat, false, 64>(task, stream);
     }
   }
-  return task.transposed ? launch_tile<T, kFormat, true, 64>(task, stream)
-                         : launch_tile<T, kFormat, false, 64>(task, stream);
+  return launch_tile<T, kFormat, false, 64, 32>(task, stream);
 }
 
 int linear_small(const LinearTask& given, int64_t stream) {

@@ -54,13 +54,10 @@ dequantize_wide(DequantizeTask task, int64_t total) {
     const int64_t i = first + u * kThreads;
     if (i >= total) continue;
     const uint32_t words[4] = {codes[u].x, codes[u].y, codes[u].z, codes[u].w};
-    float values[kCodes];
+    float fours[4][4], values[kCodes];
+    decode_floats<kFormat>(words, fours);
 #pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      float four[4];
-      decode_floats<kFormat>(words[p], four);
-      for (int e = 0; e < 4; ++e) values[4 * p + e] = four[e] * scale[u];
-    }
+    for (int e = 0; e < kCodes; ++e) values[e] = fours[e / 4][e % 4] * scale[u];
     store_products<kFormat>(task, i * kCodes, values);
   }
 }
@@ -73,10 +70,11 @@ dequantize_any(DequantizeTask task) {
   const int64_t total = w.rows * w.cols;
   for (int64_t i = block_index() * kThreads + thread_index(); i < total; i += grid_width() * kThreads) {
     const int64_t row = i / w.cols, col = i % w.cols;
-    float four[4];
-    decode_floats<kFormat>(w.codes[row * w.stride + col], four);
+    const uint32_t code[1] = {w.codes[row * w.stride + col]};
+    float four[1][4];
+    decode_floats<kFormat>(code, four);
     const float scale = load_as_float(w.scale, w.scale_dtype, row * w.scale_row + col / w.block * w.scale_block);
-    store_float(task.out, task.out_dtype, i, four[0] * scale);
+    store_float(task.out, task.out_dtype, i, four[0][0] * scale);
   }
 }
 

@@ -277,3 +277,12 @@ class OwnSampling(Protocol):
     def generate(self, options: Any, item: Item, pictures: Mapping[str, Tensor], tools: Tools) -> Tensor:
         """Latents `[C, F, H, W]` of a request, `pictures` being what `encode_latents` made of its controls."""
         ...
+
+
+@runtime_checkable
+class HasMagRatios(Protocol):
+    """The call of a family whose change of the blocks from step to step was measured (`sampling.step_cache`)."""
+
+    def mag_ratios(self, options: Any) -> tuple[float, ...]:
+        """The ratios of the model that the family's first own group asks for, one a step."""
+        ...

@@ -21,7 +21,7 @@ from torch import Tensor
 from musubi_tuner.adapters.merge import LoraMerge
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
-from musubi_tuner.families.base import Dit, Encoders, Family, OwnSampling, SamplingDefaults, Vae
+from musubi_tuner.families.base import Dit, Encoders, Family, HasMagRatios, OwnSampling, SamplingDefaults, Vae
 from musubi_tuner.memory.placement import DTYPES, choose_device, release
 from musubi_tuner.nn.compiling import CompileOptions, compile_blocks
 from musubi_tuner.sampling import outputs, pictures
@@ -47,6 +47,7 @@ from musubi_tuner.sampling.options import (
 from musubi_tuner.sampling.pipeline import Sampler, decode
 from musubi_tuner.sampling.prompts import PromptEntry, parse_line, read_prompts
 from musubi_tuner.sampling.request import Request
+from musubi_tuner.sampling.step_cache import Calibration, StepCache, StepCacheOptions, step_cache
 from musubi_tuner.weights.policy import WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
 
@@ -57,6 +58,7 @@ GROUPS: tuple[type, ...] = (
     LoraOptions,
     PromptOptions,
     SolverOptions,
+    StepCacheOptions,
     OutputOptions,
     CompileOptions,
     CompileArgs,
@@ -80,6 +82,7 @@ def run(family: Family, options: Resolved) -> None:
     device = choose_device(options[ModelOptions].device)
     policy, compiling = _policy(family, options[ModelOptions]), compile_settings(options, os.environ)
     opened = _open(family, options)
+    _step_cache(family, options)  # its faults are told before the long work
     pictures.check_model(opened.dit, requests)
     writer = Writer.checked(family, options)
     if any(request.pictures for request in requests):
@@ -100,6 +103,8 @@ def run(family: Family, options: Resolved) -> None:
         compile_blocks(dit, family.spec.blocks, compiling)
     sampler = _sampler(family, options, dit, device)
     samples = _sample(sampler, requests, prompts, seen, writer, batch=options[SolverOptions].sample_batch_size)
+    if isinstance(sampler.cache, Calibration):
+        sampler.cache.tell()
     del sampler, opened, dit
     release(device)
     log.info("%d sampled in %.1f s", len(samples), time.monotonic() - started)
@@ -162,7 +167,13 @@ def _own(family: Family, options: Resolved) -> Any:
 
 
 def _sampler(family: Family, options: Resolved, dit: Dit, device: torch.device) -> Sampler:
-    return Sampler(family, dit, device, joint=options[SolverOptions].cfg_batch, options=_own(family, options))
+    own, cache = _own(family, options), _step_cache(family, options)
+    return Sampler(family, dit, device, joint=options[SolverOptions].cfg_batch, options=own, cache=cache)
+
+
+def _step_cache(family: Family, options: Resolved) -> StepCache | None:
+    known = family.mag_ratios(_own(family, options)) if isinstance(family, HasMagRatios) else None
+    return step_cache(options[StepCacheOptions], known)
 
 
 def _require_vae(options: Resolved) -> None:

@@ -8,6 +8,7 @@ have one size; what a request gives does not depend on its neighbours but for th
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -26,6 +27,7 @@ from musubi_tuner.sampling.models import Prompts
 from musubi_tuner.sampling.outputs import to_bytes
 from musubi_tuner.sampling.pictures import Pictures
 from musubi_tuner.sampling.request import Request, initial_noise
+from musubi_tuner.sampling.step_cache import StepCache
 
 
 def _direct() -> Run:
@@ -84,7 +86,7 @@ class Sampler:
     """A loaded transformer to sample with. dtype, make_run: as in `denoise`.
 
     joint: guidance by one call of twice the batch; faster where a model is small for its device, for more memory.
-    options: the family's own, for one that samples in its own way.
+    options: the family's own, for one that samples in its own way. cache: of steps, fresh for each branch of each run.
     """
 
     family: Family
@@ -94,6 +96,7 @@ class Sampler:
     make_run: Callable[[], Run] = _direct
     joint: bool = False
     options: Any = None
+    cache: StepCache | None = None
 
     def latents(
         self,
@@ -157,6 +160,7 @@ class Sampler:
     ) -> Tensor:
         """Latents of `noise: [B, C, F, H, W]` by the settings of `first`, on the CPU."""
         solver, collate, joint = solvers.get(first.solver), self.family.collate, self.joint and first.guided
+        make_run = self.make_run if self.cache is None else partial(self.cache.run, first.steps)
         with evaluating(self.dit):
             return denoise(
                 self.family,
@@ -168,7 +172,7 @@ class Sampler:
                 solver=solver.solve,
                 guidance=first.guidance,
                 both=collate([*with_prompt, *without]) if joint else None,
-                make_run=self.make_run,
+                make_run=make_run,
                 dtype=self.dtype,
                 progress=label,
             ).cpu()

@@ -205,11 +205,12 @@ def whole_model(
     for name, parameter in dit.named_parameters():
         parameter.requires_grad_(name in wanted)
     runtime.shard(dit, opened.family.spec.blocks)
-    named = {name: parameter for name, parameter in dit.named_parameters() if name in wanted}
+    every = dict(dit.named_parameters())
+    named, total = {name: parameter for name, parameter in every.items() if name in wanted}, len(every)
     parameters = list(named.values())
     count, here = (sum(p.numel() for p in of) for of in (parameters, map(own_part, parameters)))
     some_here = f", {here:,} of them here" if here < count else ""
-    log.info("training %s parameters in %d tensors%s", f"{count:,}", len(named), some_here)
+    log.info("training %s parameters%s in %d of %d tensors", f"{count:,}", some_here, len(named), total)
     group = {"params": parameters, "lr": rate, "name": "all"}
     write = model_file(dit, header, opened.family.rename_dit_key, save_dtype, leads=runtime.rank == 0)
     return Trainable([group], write, named=named)

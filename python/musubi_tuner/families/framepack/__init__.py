@@ -13,7 +13,7 @@ from musubi_tuner.families.framepack import generate, keys, options, predict, te
 from musubi_tuner.families.framepack import vae as coding
 from musubi_tuner.families.framepack.config import dit_config
 from musubi_tuner.families.framepack.model import FramePackModel, RopeScaling
-from musubi_tuner.families.framepack.spec import SPEC, WINDOW
+from musubi_tuner.families.framepack.spec import MAG_RATIOS, MAG_RATIOS_F1, SPEC, WINDOW
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.nn.vae.video_kl import SavingOptions
 from musubi_tuner.weights.encoders import found_files
@@ -90,6 +90,10 @@ class FramePackFamily:
     def generate(self, options: Any, item: Item, pictures: Mapping[str, Tensor], tools: Tools) -> Tensor:
         """See `generate.generate`."""
         return generate.generate(options, item, pictures, tools)
+
+    def mag_ratios(self, options: Any) -> tuple[float, ...]:
+        """Of 25 steps, published for each model."""
+        return MAG_RATIOS_F1 if options.f1 else MAG_RATIOS
 
 
 def _vae_settings(chosen: Any) -> dict[str, Any]:

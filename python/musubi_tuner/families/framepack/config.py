@@ -7,7 +7,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.framepack.keys import rename_dit_key
 from musubi_tuner.families.framepack.model import FramePackConfig
 from musubi_tuner.weights.reader import Header
-from musubi_tuner.weights.sizes import members, named_fields
+from musubi_tuner.weights.sizes import configured, members
 
 Shapes = Mapping[str | None, tuple[int, ...]]
 
@@ -31,12 +31,7 @@ def dit_config(header: Header, given: Mapping[str, Any] | None = None) -> FrameP
     """
     path = header.paths[0]
     sizes = _sizes_from_shapes({rename_dit_key(key): info.shape for key, info in header.tensors.items()}, str(path))
-    sizes |= named_fields(FramePackConfig, header.metadata.get("musubi.config"), f"{path}, musubi.config")
-    sizes |= named_fields(FramePackConfig, given, "--model_config")
-    try:
-        return FramePackConfig(**sizes)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    return configured(FramePackConfig, sizes, header, given)
 
 
 def _sizes_from_shapes(shapes: Shapes, path: str) -> dict[str, Any]:

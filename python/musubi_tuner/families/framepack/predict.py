@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import Conditioning, Dit
 from musubi_tuner.families.framepack.model import FramePackModel, History
 from musubi_tuner.nn.runner import Run, direct
-from musubi_tuner.nn.text.ragged import cut_to_longest
+from musubi_tuner.nn.text.ragged import cut_to_longest, stacked
 
 CLOCK = 1000.0
 GUIDANCE_UNIT = 1000.0
@@ -31,23 +30,11 @@ def collate(entries: Sequence[Mapping[str, Tensor]]) -> Conditioning:
     text, lengths = cut_to_longest(
         [entry["text"] for entry in entries], [entry["mask"] for entry in entries], "fpack_cache_text_encoder_outputs"
     )
-    cond: dict[str, Any] = {"text": text, "lengths": lengths, "pooled": _stacked("pooled", entries)}
+    cond: dict[str, Any] = {"text": text, "lengths": lengths, "pooled": stacked("pooled", entries)}
     for name in ("image", *_HISTORY, "guidance"):
         if any(name in entry for entry in entries):
-            cond[name] = _stacked(name, entries)
+            cond[name] = stacked(name, entries)
     return cond
-
-
-def _stacked(name: str, entries: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """One field of all entries. Raises UserError where one has another length or none."""
-    shapes = {tuple(entry[name].shape) if name in entry else None for entry in entries}
-    if len(shapes) > 1:
-        told = ", ".join("none" if shape is None else "x".join(map(str, shape)) for shape in shapes)
-        raise UserError(
-            f"items of one batch have {name} of different sizes ({told}): give them batch_size = 1, or sections and "
-            "controls of one kind"
-        )
-    return torch.stack([entry[name] for entry in entries])
 
 
 def predict(dit: Dit, x_t: Tensor, t: Tensor, cond: Conditioning, *, run: Run = direct) -> Tensor:

@@ -13,7 +13,7 @@ from musubi_tuner.families.hunyuan_video import keys, options, predict, text
 from musubi_tuner.families.hunyuan_video.config import dit_config
 from musubi_tuner.families.hunyuan_video.model import HunyuanVideoModel
 from musubi_tuner.families.hunyuan_video.options import TextEncoderOptions
-from musubi_tuner.families.hunyuan_video.spec import SPEC
+from musubi_tuner.families.hunyuan_video.spec import MAG_RATIOS, SPEC
 from musubi_tuner.families.hunyuan_video.vae import load_vae
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.nn.vae.video_kl import SCALING, VideoKlVae, sample_latents
@@ -103,6 +103,10 @@ class HunyuanVideoFamily:
     def predict(self, dit: Dit, x_t: Tensor, t: Tensor, cond: Conditioning, *, run: Run = direct) -> Tensor:
         """See `predict.predict`."""
         return predict.predict(dit, x_t, t, cond, run=run)
+
+    def mag_ratios(self, options: Any) -> tuple[float, ...]:  # noqa: ARG002 the protocol's
+        """Of 50 steps, published for 960 x 544."""
+        return MAG_RATIOS
 
 
 def _guidance(has_input: bool, chosen: Any) -> float:

@@ -8,7 +8,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.hunyuan_video.keys import rename_dit_key
 from musubi_tuner.families.hunyuan_video.model import HunyuanVideoConfig
 from musubi_tuner.weights.reader import Header
-from musubi_tuner.weights.sizes import members, named_fields
+from musubi_tuner.weights.sizes import configured, members
 
 Shapes = Mapping[str | None, tuple[int, ...]]
 
@@ -30,12 +30,7 @@ def dit_config(header: Header, given: Mapping[str, Any] | None = None) -> Hunyua
     """
     path = header.paths[0]
     sizes = _sizes_from_shapes({rename_dit_key(key): info.shape for key, info in header.tensors.items()}, str(path))
-    sizes |= named_fields(HunyuanVideoConfig, header.metadata.get("musubi.config"), f"{path}, musubi.config")
-    sizes |= named_fields(HunyuanVideoConfig, given, "--model_config")
-    try:
-        config = HunyuanVideoConfig(**sizes)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    config = configured(HunyuanVideoConfig, sizes, header, given)
     if config.in_channels not in (config.out_channels, 2 * config.out_channels):
         raise UserError(
             f"{path} takes {config.in_channels} input channels: this version runs text-to-video models, which take "

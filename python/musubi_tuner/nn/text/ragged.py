@@ -1,6 +1,6 @@
-"""Features of captions of different lengths as one batch, and what is computed over the real ones only."""
+"""What samples of a batch bring: captions of different lengths as one tensor, their means, fields of one size."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,18 @@ def _length(mask: Tensor, command: str) -> int:
             f"{command} --recache"
         )
     return count
+
+
+def stacked(name: str, entries: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """One field of all entries. Raises UserError where one has another length or none."""
+    shapes = {tuple(entry[name].shape) if name in entry else None for entry in entries}
+    if len(shapes) > 1:
+        told = ", ".join("none" if shape is None else "x".join(map(str, shape)) for shape in shapes)
+        raise UserError(
+            f"items of one batch have {name} of different sizes ({told}): give them batch_size = 1, or sections and "
+            "controls of one kind"
+        )
+    return torch.stack([entry[name] for entry in entries])
 
 
 def mean_of_real(text: Tensor, lengths: Tensor | None) -> Tensor:
