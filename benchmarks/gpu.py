@@ -32,7 +32,7 @@ import torch
 
 import gpu_contestants as contestants
 import gpu_report as report
-from gpu_clock import Clock, DeviceClock, NoClock
+from gpu_clock import Ceilings, Clock, DeviceClock, NoClock
 
 SHAPES = {
     (1536, 1536): "Wan 1.3B attention",
@@ -83,9 +83,9 @@ def run(options: Options, clock: Clock) -> int:
         return 1
     ceilings = clock.ceilings()
     print(ceilings.sentence())
-    rows = measure(options, clock)
+    rows = measure(options, clock, ceilings)
     print(report.table(rows, ceilings))
-    report.save(rows, ceilings, clock.device, options.out)
+    report.chart(rows, clock.device, options.out)
     return 0
 
 
@@ -118,8 +118,8 @@ def parse(argv: Sequence[str] | None) -> Options:
     return Options(shapes, rows, what, given.rounds, given.compile, given.smoke, Path(given.out))
 
 
-def measure(options: Options, clock: Clock) -> list[report.Row]:
-    """Every row that the options ask for, with a line of progress each."""
+def measure(options: Options, clock: Clock, ceilings: Ceilings) -> list[report.Row]:
+    """Every row that the options ask for, with a line of progress each; the file holds what is there so far."""
     rows = []
     for n, k in options.shapes:
         weights = contestants.Weights(n, k, clock.device)
@@ -130,6 +130,7 @@ def measure(options: Options, clock: Clock) -> list[report.Row]:
                 row = report.Row.of(what, n, k, m, clock.measure(made))
                 print(report.line(row), flush=True)
                 rows.append(row)
+            report.save(rows, ceilings, clock.device, options.out)
         del weights
     return rows
 

@@ -23,7 +23,8 @@ RANK = 32
 SPREAD_BYTES = 192 << 20
 """Copies of a weight together take more than any card's L2, while rows are few enough for that to matter."""
 ALLOWED = 3e-3
-"""Relative norm against float64: rounding a weight and a result to bf16 gives 2.4e-3."""
+"""Relative norm against float64: rounding a weight and a result to bf16 gives 2.4e-3. The norm of few numbers scatters:
+by 2 / sqrt(count) of itself, which is allowed on top."""
 BACKENDS = ("triton", "cuda")
 PINS = [(backend, way) for backend in BACKENDS for way in WAYS]
 
@@ -44,7 +45,8 @@ class Weights:
         self.up = (torch.randn(n, RANK, generator=generator, device=device) * 0.02).requires_grad_()
 
     def rows(self, m: int, columns: int) -> torch.Tensor:
-        return torch.randn(m, columns, device=self.device, dtype=torch.bfloat16)
+        generator = torch.Generator(self.device).manual_seed(m * 31 + columns)
+        return torch.randn(m, columns, generator=generator, device=self.device, dtype=torch.bfloat16)
 
     def used(self, m: int) -> int:
         """How many copies a row with this M runs over."""
@@ -296,6 +298,6 @@ def _faults(case: Case) -> list[str]:
             with torch.no_grad():
                 ours = contestant.calls[0]()
             error = float((ours.double() - exact).norm() / exact.norm())
-            if not error <= ALLOWED:
+            if not error <= ALLOWED * (1 + 2 / ours.numel() ** 0.5):
                 found.append(f"{product} by {name}, M={case.m}, N={w.n}, K={w.k}: relative error {error:.2e}")
     return found

@@ -107,19 +107,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for tokens in map(int, options.tokens.split(",")):
         rows += in_turn(runners, tokens, options.steps)
         print(*rows[-len(runners) :], sep="\n", flush=True)
+        save(rows, Path(options.out), compiled=options.compile)
         if options.profile:
             print(profile(runners[0].step(tokens)), flush=True)
     print(table(rows))
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "machine": report.machine(device),
-        "rank": RANK,
-        "compiled": options.compile,
-        "rows": [asdict(row) for row in rows],
-    }
-    (folder / "model.json").write_text(json.dumps(content, indent=1))
     return 0
+
+
+def save(rows: Sequence[Row], folder: Path, *, compiled: bool) -> None:
+    """model.json, whole after every number of tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = report.machine(torch.device("cuda"))
+    content = {"machine": machine, "rank": RANK, "compiled": compiled, "rows": [asdict(row) for row in rows]}
+    (folder / "model.json").write_text(json.dumps(content, indent=1))
 
 
 def built(way: str, size: str, device: torch.device, layers: int | None = None) -> tuple[WanModel, list[nn.Parameter]]:

@@ -115,16 +115,17 @@ def _three(row: Row, what: str) -> str:
 
 
 def save(rows: Sequence[Row], ceilings: Ceilings, device: torch.device, folder: Path) -> None:
-    """gpu.json and, where something was timed and matplotlib is installed, gpu.png."""
+    """gpu.json, with the rows so far."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine(device), "ceilings": asdict(ceilings), "rows": [asdict(row) for row in rows]}
     (folder / "gpu.json").write_text(json.dumps(content, indent=1))
-    print(f"written: {folder / 'gpu.json'}")
-    if ceilings.flops:
-        _chart(rows, machine(device), folder / "gpu.png")
 
 
-def _chart(rows: Sequence[Row], title: str, file: Path) -> None:
+def chart(rows: Sequence[Row], device: torch.device, folder: Path) -> None:
+    """gpu.png, where something was timed and matplotlib is installed."""
+    drawn = [row for row in rows if row.m and row.ratio("plain bf16")]
+    if not drawn:
+        return
     try:
         import matplotlib as mpl
     except ImportError:
@@ -133,9 +134,8 @@ def _chart(rows: Sequence[Row], title: str, file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    drawn = [row for row in rows if row.m and row.ratio("plain bf16")]
     products = [what for what in ("forward", "dx", "step", "dynamic") if any(row.what == what for row in drawn)]
-    figure, panes = plt.subplots(1, max(1, len(products)), figsize=(5 * max(1, len(products)), 4), squeeze=False)
+    figure, panes = plt.subplots(1, len(products), figsize=(5 * len(products), 4), squeeze=False)
     for what, axes in zip(products, panes[0], strict=False):
         for shape in sorted({(row.n, row.k) for row in rows if row.what == what}):
             of_shape = [row for row in rows if row.what == what and (row.n, row.k) == shape]
@@ -145,9 +145,8 @@ def _chart(rows: Sequence[Row], title: str, file: Path) -> None:
             )
         axes.axhline(1.0, color="grey", linewidth=0.8)
         axes.set(xscale="log", xlabel="rows of x (M)", title=what, ylabel="speed relative to plain bf16")
-    if products:
-        panes[0][0].legend(fontsize=6)
-    figure.suptitle(title, fontsize=8)
+    panes[0][0].legend(fontsize=6)
+    figure.suptitle(machine(device), fontsize=8)
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    figure.savefig(folder / "gpu.png", dpi=120)
     plt.close(figure)

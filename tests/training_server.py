@@ -27,10 +27,11 @@ def launch_variables(port: int) -> dict[str, str]:
 class Server:
     """Runs of `run_server.py`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
+        """modules: what else the runs import on their way, imported once."""
         paths = os.pathsep.join(str(ROOT / part) for part in ("python", "kernels", "tests"))
         environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(ROOT / "tests/training/run_server.py")]
+        command = [sys.executable, str(ROOT / "tests/training/run_server.py"), *modules]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -46,11 +47,12 @@ class Server:
         out.mkdir(exist_ok=True)
         return self.ask(place=str(place), out=str(out), words=words, **more)["pid"]
 
-    def pair(self, place: Path, out: Path, words: list[str], **more: str) -> list[int]:
-        """Two processes of one run, as a launcher starts them; `more` environment variables."""
+    def pair(self, place: Path, out: Path, words: list[str], *, script: Path | None = None, **more: str) -> list[int]:
+        """Two processes of one run (or of `script`), as a launcher starts them; `more` environment variables."""
         shared = {**launch_variables(free_port()), **more}
+        also = {} if script is None else {"script": str(script)}
         return [
-            self.start(place, out, words, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            self.start(place, out, words, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **also)
             for rank in range(2)
         ]
 

@@ -53,7 +53,9 @@ struct LinearCase {
 const LinearCase kLinear[] = {
     {"one row", 1, 40, 320, 64},
     {"eight rows, fp16", 8, 21, 128, 128, false, Dtype::f16},
-    {"three rows, channel scales, odd K", 3, 33, 203, 0},
+    {"three rows, channel scales", 3, 33, 704, 0},
+    {"three rows, odd K", 3, 33, 203, 0},
+    {"four rows, blocks of 192", 4, 33, 1152, 192},
     {"sixteen rows, tensor scale", 16, 17, 1088, -1, false, Dtype::bf16, Format::e4m3, Dtype::f32},
     {"eleven rows, e5m2", 11, 19, 192, 64, false, Dtype::bf16, Format::e5m2},
     {"two rows, fp16, e5m2", 2, 18, 192, 64, false, Dtype::f16, Format::e5m2, Dtype::f16},
@@ -205,8 +207,9 @@ void check_all_linear() {
     Layer layer(c);
     const musubi::LinearTask task = task_of(c, layer);
     EXPECT(musubi::gpu::tile_serves(task), "%s", c.name);
-    if (musubi::gpu::small_serves(task)) check_linear(c, true);
-    if (c.m > 8 || c.transposed) check_linear(c, false);
+    const bool small = musubi::gpu::small_serves(task);
+    if (small) check_linear(c, true);
+    if (!small || c.m > 8) check_linear(c, false);
     if (musubi_test::failures > 0 && host::settings().fault != host::Fault::none) return;  // caught
   }
 }

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from golden_data import REFERENCE, TOLERANCE, distance, golden, manifest
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.one_frame import OneFrame
+from musubi_tuner.config.options import parse
 from musubi_tuner.families import registry
 from musubi_tuner.families.base import Item, OwnSampling, Tools
 from musubi_tuner.families.framepack import generate
@@ -22,6 +23,7 @@ from musubi_tuner.families.framepack.options import (
 )
 from musubi_tuner.families.framepack.vae import blended, empty_tower, in_pieces, load_picture_encoder, tower_sizes
 from musubi_tuner.flow import keyed, sections
+from musubi_tuner.sampling import generate as sampling
 from musubi_tuner.weights.reader import Header, TensorInfo
 from real_media import photo
 from tiny_encoders import save_clip, save_llama, save_siglip, tiny_siglip
@@ -59,6 +61,7 @@ def test_latents_are_a_scaled_sample_and_pixels_those_of_the_fixture(folder):
     assert distance(vae.decode(case.inputs["latents"]), case.outputs["pixels"]) < TOLERANCE
 
 
+@pytest.mark.shows("bulk_decode")
 def test_a_long_video_is_decoded_in_pieces_that_are_blended(folder):
     """Two sections at a time; where only one piece covers a frame, it is that piece's, and lengths fit."""
     latents = keyed.normal((1, 16, 1 + 4 * 2, 2, 2), "latents")
@@ -146,6 +149,7 @@ def test_captions_fill_at_most_256_of_512_rows(folder, caplog):
     assert "is cut to the 256 that the model takes" in caplog.text
 
 
+@pytest.mark.shows("image_encoder")
 def test_pictures_without_their_encoder_are_refused(folder):
     item = Item("x", controls=(torch.zeros(3, 1, 16, 16),), roles=("start",), height=16, width=16)
     with pytest.raises(UserError, match="pictures need SigLIP: name it with --image_encoder"):
@@ -194,6 +198,16 @@ def test_one_frame_history_is_empty_after_the_controls():
         sections.one_frame(OneFrame(1, (0,)), controls.repeat(1, 2, 1, 1), 9)
 
 
+@pytest.mark.shows("one_frame_no_2x")
+def test_parts_of_a_single_pictures_history_are_left_out_on_demand():
+    """What --one_frame_no_2x and --one_frame_no_4x hand over."""
+    controls = keyed.normal((16, 1, 4, 6), "control")
+    for half, quarter in ((False, True), (True, False)):
+        told = sections.one_frame(OneFrame.of_dataset({}, half=half, quarter=quarter), controls, 9)
+        assert any(name.startswith("clean_2x") for name in told) == half
+        assert any(name.startswith("clean_4x") for name in told) == quarter
+
+
 # plans and the order of making
 
 
@@ -228,6 +242,7 @@ def test_a_family_with_its_own_sampling_is_known_as_one():
         ({}, {"of": "target_index=1"}, 1),
     ],
 )
+@pytest.mark.shows("video_seconds")
 def test_lengths_are_whole_sections(options, said, frames):
     assert FAMILY.plan(GenerationOptions(**options), VALUES, said)["frames"] == frames
 
@@ -245,6 +260,7 @@ def test_the_shift_is_that_of_a_sections_tokens_and_the_solver_the_published_one
     assert FAMILY.plan(GenerationOptions(), VALUES | {"solver": "vanilla"}, {})["solver"] == "vanilla"
 
 
+@pytest.mark.shows("control_image_path")
 def test_what_cannot_be_planned_is_refused():
     for values, said, words in (
         (VALUES | {"roles": ()}, {}, "give the first frame with --image_path"),
@@ -300,6 +316,7 @@ def test_f1_makes_them_in_the_order_of_time(caplog):
     assert "--end_image_path has no effect with --f1" in caplog.text
 
 
+@pytest.mark.shows("latent_paddings")
 def test_chosen_paddings_are_used_and_must_fit():
     told, _ = made(GenerationOptions(latent_window_size=2, latent_paddings="0,0,0"), pictures())
     assert [f["indices"].tolist() for f in told] == [[1, 2]] * 3
@@ -307,6 +324,7 @@ def test_chosen_paddings_are_used_and_must_fit():
         made(GenerationOptions(latent_window_size=2, latent_paddings="1,0"), pictures())
 
 
+@pytest.mark.shows("one_frame_inference")
 def test_a_single_picture_is_made_from_controls_or_the_start():
     options = GenerationOptions(one_frame_inference="target_index=1,no_post")
     told, found = made(options, pictures(), frames=1)
@@ -328,3 +346,28 @@ def test_controls_of_another_size_are_refused(folder):
         FAMILY.encode_latents([item], load_vae(folder), encoders)
     with pytest.raises(UserError, match="--one_frame takes pictures, not clips of 5 frames"):
         FAMILY.encode_latents([Item("x", torch.zeros(3, 5, 16, 16))], load_vae(folder), encoders)
+
+
+@pytest.mark.shows("control_image_path")
+def test_pictures_of_the_command_line_and_of_a_line_reach_the_request(tmp_path):
+    for name in ("a", "b", "c"):
+        photo("chelsea.png", (32, 32)).save(tmp_path / f"{name}.png")
+    a, b, c = (str(tmp_path / f"{name}.png") for name in ("a", "b", "c"))
+    groups = (*sampling.GROUPS, *FAMILY.option_groups("generate"))
+    common = ["--video_size", "32", "32", "--save_path", "x", "--one_frame_inference", "control_index=0;10"]
+    argv = ["--prompt", "x", "--control_image_path", a, b, *common]
+    (request,) = sampling.make_requests(FAMILY, parse(groups, argv, prog="generate", description=""))
+    assert request.pictures == (("control", a), ("control", b))
+    assert (request.frames, request.solver) == (1, "unipc3")
+    (tmp_path / "p.txt").write_text(f"x --i {c} --ei {a} --vs 2 --of target_index=1\n")
+    argv = ["--from_file", str(tmp_path / "p.txt"), *common]
+    (request,) = sampling.make_requests(FAMILY, parse(groups, argv, prog="generate", description=""))
+    assert request.pictures == (("start", c), ("end", a))
+    assert dict(request.said) == {"of": "target_index=1", "vs": "2"}
+
+
+def test_the_models_own_ratios_are_those_of_the_version():
+    published = json.loads((REFERENCE / "behaviour" / "magcache_ratios.json").read_text())["models"]
+    for name, f1 in (("FramePack", False), ("FramePack-F1", True)):
+        assert list(FAMILY.mag_ratios(GenerationOptions(f1=f1))) == published[name]["ratios"]
+    assert list(registry.get("hunyuan_video").mag_ratios(None)) == published["HunyuanVideo-540p"]["ratios"]

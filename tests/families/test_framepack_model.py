@@ -173,12 +173,15 @@ def test_guidance_is_told_a_thousandfold_in_training_too(case_a, caplog):
     )
 
 
+@pytest.mark.shows("rope_scaling_timestep_threshold", "rope_scaling_factor")
 def test_rope_scaling_is_an_option_of_sampling(case_a):
     header = header_of({key: tuple(value.shape) for key, value in case_a.weights.items()})
     sizes = {"rope_axes_dims": [8, 12, 12]}
     assert FAMILY.build_dit(header, sizes, ModelOptions()).rope_scaling is None
     built = FAMILY.build_dit(header, sizes, ModelOptions(rope_scaling_timestep_threshold=800.0))
     assert built.rope_scaling == RopeScaling(800.0, 0.5)
+    chosen = ModelOptions(rope_scaling_timestep_threshold=800.0, rope_scaling_factor=0.7)
+    assert FAMILY.build_dit(header, sizes, chosen).rope_scaling == RopeScaling(800.0, 0.7)
 
 
 # published files

@@ -57,7 +57,7 @@ WAYS = {"small": [1, 3, 8, 16, 27, 32], "fused": [1, 33, 64, 65, 200, 515], "pan
 
 @pytest.mark.parametrize(("way", "m"), [(way, m) for way, rows in WAYS.items() for m in rows])
 @pytest.mark.parametrize(
-    ("mode", "block", "n", "k"), [("block", 64, 392, 448), ("block", 128, 200, 256), ("channel", 64, 131, 205)]
+    ("mode", "block", "n", "k"), [("block", 64, 392, 448), ("block", 192, 200, 1152), ("channel", 64, 131, 192)]
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
@@ -93,6 +93,18 @@ def test_blocks_and_scale_dtypes(monkeypatch: pytest.MonkeyPatch, block: int, sc
     monkeypatch.setenv("MUSUBI_KERNELS_PATH", "fused")
     q, scale = quantize_fp8(numbers(150, 768) * 0.05, block_size=block, scale_dtype=scale_dtype)
     x, grad = numbers(77, 768).requires_grad_(), numbers(77, 150, seed=1)
+    y = fp8_linear(x, q, scale)
+    check(y.detach(), x.detach().double() @ decoded(q, scale).t())
+    y.backward(grad)
+    assert x.grad is not None
+    check(x.grad, grad.double() @ decoded(q, scale))
+
+
+@pytest.mark.parametrize("m", [1, 40, 200])
+@pytest.mark.parametrize("mode", ["channel", "tensor"])
+def test_rows_of_odd_length(m: int, mode: str) -> None:
+    q, scale = quantize_fp8(numbers(131, 205) * 0.05, mode=mode)
+    x, grad = numbers(m, 205).requires_grad_(), numbers(m, 131, seed=1)
     y = fp8_linear(x, q, scale)
     check(y.detach(), x.detach().double() @ decoded(q, scale).t())
     y.backward(grad)

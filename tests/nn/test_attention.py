@@ -71,7 +71,9 @@ def test_a_model_without_the_attribute_cannot_be_told():
 
 
 @pytest.mark.parametrize("split", [False, True])
+@pytest.mark.shows("split_attn")
 def test_samples_of_different_lengths_go_one_by_one_where_asked_or_where_a_library_has_no_mask(split, monkeypatch):
+    """As --split_attn asks."""
     seen = []
 
     def body(q, k, v):

@@ -7,6 +7,8 @@ import torch
 
 from golden_data import REFERENCE
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.sampling import models, pipeline
+from musubi_tuner.sampling.request import Request
 from musubi_tuner.sampling.step_cache import (
     Calibration,
     Decisions,
@@ -74,6 +76,7 @@ def test_a_skipped_step_adds_the_last_computed_change():
 
 
 @pytest.mark.parametrize("case", [c for c in DATA["calibration"] if c["dtype"] == "float32"])
+@pytest.mark.shows("magcache_calibration")
 def test_calibration_prints_the_measured_line(case, caplog):
     measuring = Calibration()
     residuals = [torch.tensor(r) for r in case["residuals"]]
@@ -117,8 +120,26 @@ def test_settings_that_cannot_be_are_refused(options, own, words):
         step_cache(StepCacheOptions(**options), own)
 
 
+@pytest.mark.shows("magcache_mag_ratios", "magcache_threshold", "magcache_k", "magcache_retention_ratio")
 def test_settings_become_a_cache():
     assert step_cache(StepCacheOptions(), (1.0,)) is None
     assert step_cache(StepCacheOptions(magcache_mag_ratios="0"), (1.0, 0.9)) == MagCache((1.0, 0.9))
-    chosen = StepCacheOptions(magcache_mag_ratios="1,0.5", magcache_threshold=0.1, magcache_k=2)
-    assert step_cache(chosen, None) == MagCache((1.0, 0.5), 0.2, 0.1, 2)
+    chosen = StepCacheOptions("1,0.5", magcache_retention_ratio=0.3, magcache_threshold=0.1, magcache_k=2)
+    assert step_cache(chosen, None) == MagCache((1.0, 0.5), 0.3, 0.1, 2)
+
+
+def test_each_branch_of_a_run_has_a_cache_of_its_own(toy):
+    """Steps 2 and 3 of 4 (the first and the last are computed) are skipped in both branches, anew in each request."""
+    request = Request("a red seven", 3, width=32, height=48, steps=4, guidance=3.0, shift=2.0, solver="vanilla")
+    family, dit, ran = toy.Family(), toy.Dit(), []
+    dit.blocks[0].register_forward_hook(lambda *_: ran.append(len(dit.seen)))
+    prompts = models.encode(family, family.encoders, [request], progress=False)
+    for cache, calls in ((MagCache((1.0,) * 4, 0.0, 1.0, 5), [1, 2, 7, 8]), (Calibration(), list(range(1, 9)))):
+        ran.clear()
+        dit.seen.clear()
+        sampler = pipeline.Sampler(family, dit, torch.device("cpu"), cache=cache)
+        for _ in range(2):
+            dit.seen.clear()
+            list(sampler.latents([request], prompts, progress=False))
+        assert ran == calls * 2
+    assert [len(rows) for rows in cache.found] == [3] * 4

@@ -1,13 +1,17 @@
 """Starts training runs as processes of their own, cheaply: imports once, then forks for every line it is given.
 
-Run as `python run_server.py`; reads JSON lines from stdin and answers each with one JSON line:
+Run as `python run_server.py [MODULE ...]`, which are imported too; reads JSON lines from stdin and answers each with
+one JSON line:
     {"place": ..., "out": ..., "words": [...]}  ->  {"pid": ...}     a run. "sync": n: it kills itself at its n-th
-                                                                     fsync; "env": {...}: with these variables
+                                                                     fsync; "env": {...}: with these variables;
+                                                                     "script": a file to run with `words` instead
     {"wait": pid}                               ->  {"status": ...}  as os.waitpid tells
 """
 
+import importlib
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -24,6 +28,8 @@ from training_place import FAMILY, train_noting_losses
 def main() -> None:
     torch.set_num_threads(1)
     assert FAMILY.spec.name == "wan"
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     for line in sys.stdin:
         asked = json.loads(line)
         if "wait" in asked:
@@ -47,6 +53,10 @@ def _child(asked: dict) -> None:
     console.configure()
 
     def work() -> int:
+        if "script" in asked:
+            sys.argv = [asked["script"], *asked["words"]]
+            runpy.run_path(asked["script"], run_name="__main__")
+            return 0
         train_noting_losses(Path(asked["place"]), Path(asked["out"]), *asked["words"])
         return 0
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from musubi_tuner.training.state import read_manifest, read_optimizer, read_weights
 from tiny_models import TINY
 from training_place import losses_in, make_place, tensors_in
-from training_server import ROOT, Server, free_port, launch_variables
+from training_server import ROOT, Server, free_port
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
 WORDS = ["--full_finetune", "--max_train_epochs", "3", "--save_every_n_steps", "2", "--save_state"]
@@ -26,7 +26,7 @@ WORDS += ["--learning_rate", "1e-3", "--max_grad_norm", "0.5"]
 
 @pytest.fixture(scope="module")
 def server():
-    server = Server()
+    server = Server("torch.distributed.fsdp", "torch.distributed.tensor")
     yield server
     server.close()
 
@@ -128,15 +128,11 @@ def test_shards_go_on_from_a_whole_state_and_one_process_from_theirs(server, pla
     torch.testing.assert_close(numbers(joined), numbers(one, after=4), rtol=1e-6, atol=0)
 
 
-def test_every_family_has_the_gradients_of_the_whole_model(tmp_path):
+def test_every_family_has_the_gradients_of_the_whole_model(server, place, tmp_path):
     """With and without checkpointing; and whole tensors go into shards and come back."""
-    port = free_port()
-    environment = {**os.environ, **launch_variables(port), **FSDP, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests/training/shards_of_families.py"), str(tmp_path)]
-    running = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
-    ]
-    assert [process.wait(timeout=500) for process in running] == [0, 0]
+    script = ROOT / "tests/training/shards_of_families.py"
+    codes = [server.end(pid) for pid in server.pair(place, tmp_path, [str(tmp_path)], script=script, **FSDP)]
+    assert codes == [0, 0], (tmp_path / "log.txt").read_text()
     for rank in range(2):
         told = json.loads((tmp_path / f"told{rank}.json").read_text())
         assert len(told) == 3 * len(TINY)
@@ -222,6 +218,8 @@ def test_what_cannot_be_served_is_told_before_anything_is_loaded(
     if "ACCELERATE_MIXED_PRECISION" in variables:
         words = [*words, "--mixed_precision", "fp16"]
     pids = server.pair(place, out, ["--max_train_steps", "1", *words], **{**FSDP, **variables})
-    assert [server.end(pid) for pid in pids] == [2, 2]
+    codes = [server.end(pid) for pid in pids]
+    assert 2 in codes
+    assert set(codes) <= {1, 2}, "a process may find the other gone before it comes to its own check"
     assert sentence in (out / "log.txt").read_text()
     assert [path.name for path in out.iterdir()] == ["log.txt"]

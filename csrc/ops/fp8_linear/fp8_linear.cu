@@ -11,6 +11,9 @@ bool whole_rows(const Fp8Rows& w) { return w.scale_block == 0 || w.block >= w.co
 
 LinearTask plain(LinearTask task) {
   if (whole_rows(task.w)) task.w.scale_block = 0;
+  // the stride of a single row may be anything; kernels form the addresses of more
+  if (task.x.rows == 1) task.x.stride = 0;
+  if (task.w.rows == 1) task.w.stride = 0;
   return task;
 }
 
@@ -20,9 +23,15 @@ bool tile_serves(const LinearTask& task) {
   return half && same && (whole_rows(task.w) || task.w.block % kTileBlock == 0);
 }
 
+bool aligned(const void* data, int64_t row_bytes, int64_t rows) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows == 1 || row_bytes % 16 == 0);
+}
+
 bool small_serves(const LinearTask& task) {
   const bool few = !task.transposed && task.low.data == nullptr && task.x.rows <= kSmallRows;
-  return tile_serves(task) && few && (whole_rows(task.w) || task.w.block % kSmallBlock == 0);
+  const bool whole = task.w.cols % kSmallBlock == 0 && aligned(task.w.codes, task.w.stride, task.w.rows) &&
+                     aligned(task.x.data, task.x.stride * 2, task.x.rows);
+  return tile_serves(task) && few && whole && (whole_rows(task.w) || task.w.block % kSmallBlock == 0);
 }
 
 template <class T, Format kFormat>

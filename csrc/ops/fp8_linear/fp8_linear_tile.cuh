@@ -60,40 +60,43 @@ class Fetch {
  public:
   static constexpr int kGap = kTileThreads / kPerRow;  // rows between the pieces of a thread
 
-  // The thread's first chunk begins `start` bytes behind the start of row `first` + its own.
-  MUSUBI_DEVICE Fetch(const void* base, int64_t first, int64_t row_bytes, int64_t start, bool aligned)
-      : base_(static_cast<const unsigned char*>(base)),
-        from_(base_ + (first + thread_index() / kPerRow) * row_bytes + start),
+  // The thread's first chunk begins `start` bytes behind the start of row `first` + its own; a step on, `pace` further.
+  MUSUBI_DEVICE Fetch(const void* base, int64_t first, int64_t row_bytes, int64_t start, int64_t pace, bool aligned)
+      : from_(static_cast<const unsigned char*>(base) + (first + thread_index() / kPerRow) * row_bytes + start),
         gap_(kGap * row_bytes),
+        pace_(pace),
         aligned_(aligned) {}
 
-  // The chunks `offset` behind the first ones: `rows` rows are real, and `bytes` of each.
+  // The chunks of the next step: `rows` rows are real, and `bytes` of each. Where nothing is, nothing is read, whatever
+  // the address.
   template <class Place>
-  MUSUBI_DEVICE void step(unsigned char* to, int64_t offset, int64_t rows, int64_t bytes, const Place& place) const {
+  MUSUBI_DEVICE void step(unsigned char* to, int rows, int bytes, const Place& place) {
     const int row = thread_index() / kPerRow, chunk = thread_index() % kPerRow;
-    const int valid = bytes < 0 ? 0 : bytes > 16 ? 16 : static_cast<int>(bytes);
+    const int valid = bytes < 0 ? 0 : bytes > 16 ? 16 : bytes;
     if (aligned_) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i) {
         const int here = row + i * kGap < rows ? valid : 0;
-        const unsigned char* const from = here != 0 ? from_ + offset + i * gap_ : base_;
-        copy_async(to + place(row + i * kGap, chunk), from, here);
+        copy_async(to + place(row + i * kGap, chunk), from_ + i * gap_, here);
       }
     } else {
 #pragma unroll 1
       for (int i = 0; i < kPieces; ++i) {
         const int here = row + i * kGap < rows ? valid : 0;
-        copy_bytes(to + place(row + i * kGap, chunk), from_ + offset + i * gap_, here);
+        copy_bytes(to + place(row + i * kGap, chunk), from_ + i * gap_, here);
       }
     }
+    from_ += pace_;
   }
 
  private:
-  const unsigned char* const base_;
-  const unsigned char* const from_;
-  const int64_t gap_;
+  const unsigned char* from_;
+  const int64_t gap_, pace_;
   const bool aligned_;
 };
+
+// A count that a thread compares with small numbers: large ones are cut.
+MUSUBI_DEVICE int few(int64_t count) { return count > 1024 ? 1024 : static_cast<int>(count); }
 
 template <class T, Format kFormat, bool kTransposed, int kRows, int kSegment>
 class Tile {
@@ -110,9 +113,12 @@ class Tile {
         col0_(block_index() * kOutputs),
         contraction_(kTransposed ? task.w.rows : task.w.cols),
         outputs_(kTransposed ? task.w.cols : task.w.rows),
-        x_(task.x.data, row0_, task.x.stride * 2, thread_index() % 8 * 16, aligned_x),
+        x_(task.x.data, row0_, task.x.stride * 2, thread_index() % 8 * 16, kDepth * 2, aligned_x),
         codes_(task.w.codes, kTransposed ? 0 : col0_, task.w.stride,
-               thread_index() % kCodesPerRow * 16 + (kTransposed ? col0_ : 0), aligned_w) {
+               thread_index() % kCodesPerRow * 16 + (kTransposed ? col0_ : 0),
+               kTransposed ? kDepth * task.w.stride : kDepth, aligned_w),
+        x_rows_(few(task.x.rows - row0_)),
+        columns_(few(outputs_ - col0_)) {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     g_ = lane / 4, t_ = lane % 4;
     warp_row_ = warp / 4 * (kRows / 2), warp_col_ = warp % 4 * 32;
@@ -127,7 +133,7 @@ class Tile {
 
   MUSUBI_DEVICE void run() {
     const int64_t steps = (contraction_ + kDepth - 1) / kDepth;
-    load_scale(0);
+    start_scale();
     // the first turns only fetch, so that the code for a step stands here once
 #pragma unroll 1
     for (int64_t step = 1 - kStages; step < steps; ++step) {
@@ -149,34 +155,47 @@ class Tile {
   MUSUBI_DEVICE void fetch_step(int64_t step, int64_t steps) {
     if (step < steps) {
       unsigned char* const to = stage(static_cast<int>(step) % kStages);
-      const int64_t depth = step * kDepth;
-      const int64_t left = contraction_ - depth, chunk = thread_index() % kCodesPerRow * 16;
-      x_.step(to, depth * 2, task_.x.rows - row0_, (left - thread_index() % 8 * 8) * 2, x_place);
+      const int left = few(contraction_ - step * kDepth), chunk = thread_index() % kCodesPerRow * 16;
+      x_.step(to, x_rows_, (left - thread_index() % 8 * 8) * 2, x_place);
       if (kTransposed) {
-        codes_.step(to + Shape::kXBytes, depth * task_.w.stride, left, outputs_ - col0_ - chunk, gradient_place);
+        codes_.step(to + Shape::kXBytes, left, columns_ - chunk, gradient_place);
       } else {
-        codes_.step(to + Shape::kXBytes, depth, outputs_ - col0_, left - chunk, forward_place);
+        codes_.step(to + Shape::kXBytes, columns_, left - chunk, forward_place);
       }
       if (thread_index() < Shape::kScales) {
         reinterpret_cast<float*>(to + Shape::kXBytes + Shape::kCodeBytes)[thread_index()] =
             float_of(scale_, task_.w.scale_dtype);
       }
-      load_scale(depth + kDepth);
+      load_scale(left - kDepth);
     }
     copy_commit();
   }
 
-  // This thread's scale of the step at `depth`, as it lies in memory: read a step before it is stored, so that nothing
-  // waits for it.
-  MUSUBI_DEVICE void load_scale(int64_t depth) {
+  // Where this thread's scale lies. Forward: of one output and segment, a block of scales further whenever the steps
+  // have left one behind. Gradient: of one row of W, 64 rows further each step.
+  MUSUBI_DEVICE void start_scale() {
     const Fp8Rows& w = task_.w;
     const int i = thread_index();
-    const int64_t n = kTransposed ? depth + i % kDepth : col0_ + i % kOutputs;
-    const int64_t k = kTransposed ? col0_ + i / kDepth * 32 : depth + i / kOutputs * kSegment;
-    scale_ = 0;
-    if (i < Shape::kScales && n < w.rows && k < w.cols) {
-      const int64_t block = w.scale_block == 0 ? 0 : divide(k, w.block) * w.scale_block;
-      scale_ = load_raw(w.scale, w.scale_dtype, n * w.scale_row + block);
+    const int64_t n = kTransposed ? i % kDepth : col0_ + i % kOutputs;
+    const int64_t k = kTransposed ? col0_ + i / kDepth * 32 : i / kOutputs * kSegment;
+    const int64_t block = w.scale_block == 0 ? 0 : divide(k, w.block);
+    scale_at_ = n * w.scale_row + block * w.scale_block;
+    block_ = w.scale_block == 0 || w.block > (1 << 30) ? 1 << 30 : static_cast<int>(w.block);
+    into_block_ = w.scale_block == 0 ? 0 : static_cast<int>(k - block * w.block);
+    first_scale_ = kTransposed ? i % kDepth : i / kOutputs * kSegment;
+    has_scale_ = i < Shape::kScales && (kTransposed ? k < w.cols : n < w.rows);
+    load_scale(few(contraction_));
+  }
+
+  // This thread's scale of the next step, as it lies in memory: read a step before it is stored, so that nothing waits
+  // for it. `left`: what the contraction has from there on.
+  MUSUBI_DEVICE void load_scale(int left) {
+    const Fp8Rows& w = task_.w;
+    scale_ = has_scale_ && first_scale_ < left ? load_raw(w.scale, w.scale_dtype, scale_at_) : 0;
+    if (kTransposed) {
+      scale_at_ += kDepth * w.scale_row;
+    } else {
+      for (into_block_ += kDepth; into_block_ >= block_; into_block_ -= block_) scale_at_ += w.scale_block;
     }
   }
 
@@ -371,10 +390,14 @@ class Tile {
   const LinearTask& task_;
   unsigned char* const shared_;
   const int64_t row0_, col0_, contraction_, outputs_;
-  const Fetch<kRows * 8 / kTileThreads, 8> x_;
-  const Fetch<2, kCodesPerRow> codes_;
+  Fetch<kRows * 8 / kTileThreads, 8> x_;
+  Fetch<2, kCodesPerRow> codes_;
+  const int x_rows_, columns_;  // real ones of this block's
   int g_, t_, warp_row_, warp_col_, right_at_, words_at_;
-  uint32_t scale_ = 0;
+  int64_t scale_at_;
+  int block_, into_block_, first_scale_;
+  bool has_scale_;
+  uint32_t scale_;
   // [16 outputs][8 rows of x]: rows 2t and 2t + 1 of the first output, then of the second
   float sums_[2][kMTiles][4] = {};
 };
@@ -389,8 +412,7 @@ linear_tile_kernel(LinearTask task, bool aligned_x, bool aligned_w) {
 template <class T, Format kFormat, bool kTransposed, int kRows, int kSegment = kDepth>
 int launch_tile(const LinearTask& task, int64_t stream) {
   using Shape = TileShape<kTransposed, kRows, kSegment>;
-  const bool aligned_x =
-      (task.x.stride % 8 == 0 || task.x.rows == 1) && reinterpret_cast<uintptr_t>(task.x.data) % 16 == 0;
+  const bool aligned_x = task.x.stride % 8 == 0 && reinterpret_cast<uintptr_t>(task.x.data) % 16 == 0;
   const bool aligned_w = task.w.stride % 16 == 0 && reinterpret_cast<uintptr_t>(task.w.codes) % 16 == 0;
   const Grid grid{(task.outputs() + kOutputs - 1) / kOutputs, (task.x.rows + kRows - 1) / kRows};
   const int shared = Shape::kSharedBytes - (MUSUBI_FAULT(tile_short_buffer) ? 4 : 0);

@@ -73,9 +73,16 @@ def ways_dx(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str) 
 
 
 def small_serves(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Whether `small` can: 16-bit x of at most 32 rows, blocks of whole 64s or one scale per row."""
+    """Whether `small` can: 16-bit x of at most 32 rows that begin at 16 bytes, K and blocks of whole 64s."""
     limits = _cuda.module()
-    return folded(x).shape[0] <= limits.small_rows and _fits(x, q, scale, limits.small_block)
+    flat, codes = _native.matrix(x), _native.matrix(q)
+    few = flat.shape[0] <= limits.small_rows and q.shape[1] % limits.small_block == 0
+    return few and _begins_at_16(flat) and _begins_at_16(codes) and _fits(x, q, scale, limits.small_block)
+
+
+def _begins_at_16(matrix: torch.Tensor) -> bool:
+    whole = matrix.shape[0] <= 1 or matrix.stride(0) * matrix.element_size() % 16 == 0
+    return whole and matrix.data_ptr() % 16 == 0
 
 
 def fused_serves(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> bool:

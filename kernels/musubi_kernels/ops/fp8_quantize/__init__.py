@@ -111,7 +111,7 @@ def quantize_fp8(
         block_size: weights per scale along the last dimension.
         fmt: `e4m3` or `e5m2`.
         scale_dtype: default w's; float32 is used where float16 would make a scale subnormal or infinite.
-        search: `mse` tries 65 factors between 0.6 and 2.2 of each absmax scale and keeps the least squared error.
+        search: `mse` tries 32 multiples of each absmax scale, evenly over an octave, and keeps the least squared error.
 
     Raises:
         ValueError: w is FP8, integer or float64, holds inf or NaN (with its position), or an option is unknown.
