@@ -137,13 +137,18 @@ def dynamic(card: Card, m: int, n: int, k: int) -> Estimate | None:
     return _slowest(limits)
 
 
+_FORWARD = re.compile(
+    r"fp8_linear_fwd-(\d+)x(\d+)x(\d+)-w(\d+)s\d+(?:-swap|-after)*"
+    r"-bf16-e4m3-(?:step|after)-bf16(?:-words)? sm_(\d+)"
+)
+
+
 @functools.cache
 def kernels_of(target: int, path: Path = BASELINE) -> tuple[Kernel, ...]:
     """The shipped bf16 forwards with block scales for `target`; ValueError where the baseline has none."""
     found = []
     for key, row in json.loads(path.read_text())["rows"].items():
-        pattern = r"fp8_linear_fwd-(\d+)x(\d+)x(\d+)-w(\d+)s\d+(?:-swap|-after)*-bf16-e4m3-(?:step|after)-bf16 sm_(\d+)"
-        matched = re.fullmatch(pattern, key)
+        matched = _FORWARD.fullmatch(key)
         if matched and int(matched[5]) == target:
             bm, bn, bk, warps = (int(matched[i]) for i in range(1, 5))
             found.append(Kernel((bm, bn, bk), warps, row["per_step"]))

@@ -6,7 +6,8 @@ For many rows a cuBLAS product on a 16-bit weight is as fast as a tile of ours, 
 of W, so each fills columns of dX and no 16-bit partial sums are added.
 
 One scale for the whole tensor would round all weights of a code alike, and its error would not average out. There the
-panel gets the scale's power of two, which is exact, and the result the rest.
+panel gets the scale's power of two, which is exact, and the result the rest, in float32: a 16-bit factor would be
+rounded itself, for all results alike.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def product(
     """x [M, K] @ (q * scale)^T + bias as [M, N] in x's dtype."""
     if scale.ndim <= 1 and x.element_size() == 2:
         power, rest = _parts(scale)
-        y = product(x, q, power.reshape(1, 1).expand(q.shape[0], 1), None, dequantize).mul_(rest)
-        return y if bias is None else y.add_(bias.to(x.dtype))
+        y = product(x, q, power.reshape(1, 1).expand(q.shape[0], 1), None, dequantize).float().mul_(rest)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
     n = q.shape[0]
     pieces = list(_pieces(n, q.shape[1] * x.element_size()))
     bias = None if bias is None else bias.to(x.dtype)
@@ -53,7 +54,8 @@ def input_gradient(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, deq
     """grad [M, N] @ (q * scale) as [M, K] in grad's dtype."""
     if scale.ndim <= 1 and grad.element_size() == 2:
         power, rest = _parts(scale)
-        return input_gradient(grad, q, power.reshape(1, 1).expand(q.shape[0], 1), dequantize).mul_(rest)
+        dx = input_gradient(grad, q, power.reshape(1, 1).expand(q.shape[0], 1), dequantize)
+        return dx.float().mul_(rest).to(grad.dtype)
     k = q.shape[1]
     pieces = list(_pieces(k, q.shape[0] * grad.element_size(), _block(scale, k)))
     if len(pieces) == 1:

@@ -52,6 +52,22 @@ def test_forwards_need_no_more_instructions_than_the_trial(core: Survey) -> None
     assert gpu_static.trial_rows(core) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "core", "hot", "taken"),
+    [
+        ("fp8_linear_fwd-16x64x64-w4s5-bf16-e4m3-step-bf16", True, True, True),
+        ("fp8_linear_fwd-16x64x64-w4s5-bf16-e4m3-step-fp32", True, True, False),
+        ("fp8_linear_fwd-16x64x64-w4s5-fp16-e4m3-step-bf16", True, True, False),
+        ("fp8_linear_fwd-128x128x64-w8s3-fp16-e4m3-step-bf16", True, True, True),
+        ("fp8_linear_fwd-128x128x64-w8s3-bf16-e4m3-step-bf16-lora", True, True, False),
+        ("fp8_linear_rows-1x16x512-w4s2-fp32-e4m3-step-fp32", True, False, True),
+        ("fp8_linear_fwd-16x64x64-w4s5-bf16-e5m2-step-bf16", False, True, False),
+    ],
+)
+def test_the_default_tests_compile_the_core(*, name: str, core: bool, hot: bool, taken: bool) -> None:
+    assert gpu_static.in_default({"name": name, "core": core, "hot": hot}) == taken
+
+
 @pytest.mark.slow
 def test_rare_types_pass_the_gates_too() -> None:
     assert survey(everything=True, plain=False).missed() == []

@@ -1,0 +1,112 @@
+"""The Triton bodies through the public functions, in the interpreter: ragged sizes, all layouts, every way, LoRA.
+
+`test_gpu_executed.py` runs each configuration with a processor's own PTX; here the launchers choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is published for Linux only")
+
+from kernel_checks import decoded, relative
+from musubi_kernels import dequantize_fp8, explain, fp8_linear, fp8_lora_linear, quantize_fp8, testing
+
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+LAYOUTS = [("block", 64), ("block", 32), ("block", 48), ("channel", 64), ("tensor", 64)]
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MUSUBI_KERNELS", "triton")
+    with testing.patch_interpreter():
+        yield
+
+
+def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def allowed(exact: torch.Tensor, dtype: torch.dtype) -> float:
+    """As in test_gpu.py: 1.5 times one rounding, and what a norm over few elements may be off."""
+    if dtype == torch.float32:
+        return 1e-6
+    return 1.5 * (1 + 3 / exact.numel() ** 0.5) * relative(exact.to(dtype), exact)
+
+
+@pytest.mark.parametrize("way", ["small", "fused", "panel"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(3, 37, 192), (20, 50, 96), (9, 64, 128)], ids=str)
+def test_products_of_every_way_equal_float64(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int], dtype: torch.dtype, way: str
+) -> None:
+    m, n, k = size
+    monkeypatch.setenv("MUSUBI_KERNELS_PATH", way)
+    for number, (mode, block) in enumerate(LAYOUTS):
+        fmt = "e5m2" if number % 2 else "e4m3"
+        q, scale = quantize_fp8(normal(n, k, seed=number), mode=mode, block_size=block, fmt=fmt)
+        w = decoded(q, scale)
+        x, bias = normal(m, k, seed=7, dtype=dtype).requires_grad_(), normal(n, seed=8, dtype=dtype)
+        y = fp8_linear(x, q, scale, bias)
+        y.backward(normal(m, n, seed=9, dtype=dtype))
+        exact = x.detach().double() @ w.T + bias.double()
+        assert relative(y.detach(), exact) <= allowed(exact, dtype), (mode, block)
+        assert relative(bias.expand(m, n), exact) >= 0.5
+        exact = normal(m, n, seed=9, dtype=dtype).double() @ w
+        assert relative(x.grad, exact) <= allowed(exact, dtype), (mode, block)
+
+
+@pytest.mark.parametrize("m", [1, 4, 20])
+def test_float32_stays_float32(m: int) -> None:
+    for mode, block in LAYOUTS:
+        q, scale = quantize_fp8(normal(37, 192, seed=0), mode=mode, block_size=block)
+        x = normal(m, 192, seed=1)
+        assert relative(fp8_linear(x, q, scale), x.double() @ decoded(q, scale).T) <= 1e-6
+
+
+@pytest.mark.parametrize("way", ["small", "fused", "panel"])
+def test_lora_and_all_its_gradients_equal_float64(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.setenv("MUSUBI_KERNELS_PATH", way)
+    m, n, k, rank = 9, 50, 128, 5
+    q, scale = quantize_fp8(normal(n, k, seed=0))
+    w = decoded(q, scale)
+    for dtype in (torch.bfloat16, torch.float16):
+        x = normal(m, k, seed=1, dtype=dtype).requires_grad_()
+        down, up = normal(rank, k, seed=3).requires_grad_(), normal(n, rank, seed=4).requires_grad_()
+        grad = normal(m, n, seed=6, dtype=dtype)
+        y = fp8_lora_linear(x, q, scale, None, down, up, scale=0.7)
+        y.backward(grad)
+        xd, ad, bd, gd = (t.detach().double() for t in (x, down, up, grad))
+        h, u = xd @ ad.T, 0.7 * gd @ bd
+        none = torch.zeros((), dtype=torch.float64)
+        wanted = [(y.detach(), xd @ w.T, 0.7 * h @ bd.T), (x.grad, gd @ w, u @ ad)]
+        wanted += [(down.grad, none, u.T @ xd), (up.grad, none, 0.7 * gd.T @ h)]
+        for ours, base, branch in wanted:
+            assert (ours.double() - base - branch).norm() <= 2.5 * ROUNDING[dtype] * (base.norm() + branch.norm())
+
+
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
+def test_quantising_and_back_equal_the_reference_bit_for_bit(monkeypatch: pytest.MonkeyPatch, fmt: str) -> None:
+    for mode, block in [*LAYOUTS, ("block", 1280)]:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            w = normal(9, 1280, seed=1, dtype=dtype)
+            w[0], w[1] = 0, -w[1].abs() * 1e-6
+            monkeypatch.setenv("MUSUBI_KERNELS", "reference")
+            want_q, want_scale = quantize_fp8(w, mode=mode, block_size=block, fmt=fmt)
+            want = dequantize_fp8(want_q, want_scale, dtype=torch.bfloat16)
+            monkeypatch.setenv("MUSUBI_KERNELS", "triton")
+            q, scale = quantize_fp8(w, mode=mode, block_size=block, fmt=fmt)
+            assert torch.equal(scale, want_scale)
+            assert torch.equal(q.view(torch.uint8), want_q.view(torch.uint8)), (mode, block, dtype)
+            assert torch.equal(dequantize_fp8(q, scale, dtype=torch.bfloat16), want)
+
+
+def test_the_interpreter_serves_only_who_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, scale = quantize_fp8(normal(8, 64, seed=0))
+    x = normal(2, 64, seed=1)
+    assert "triton (pinned" in explain(fp8_linear, x, q, scale)
+    monkeypatch.delenv("MUSUBI_KERNELS")
+    assert "which only MUSUBI_KERNELS=triton asks for" in explain(fp8_linear, x, q, scale)
