@@ -72,6 +72,15 @@ def test_native_serves_integers_where_it_has_them(native: None, monkeypatch: pyt
     assert "40000 weights share a scale" in explain(fp8_linear_dynamic, normal(1, 40000, seed=2), wide, wide_scale)
 
 
+def test_many_rows_are_done_in_parts_with_little_scratch(native: None) -> None:
+    q, scale = made(70, 64, ("block", 64), 0)
+    x = normal(5000, 64, seed=1, dtype=torch.bfloat16)
+    whole = fp8_linear_dynamic(x, q, scale)
+    parts = [fp8_linear_dynamic(part, q, scale) for part in x.split(1100)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert _native.module().scratch_bytes() <= 16 << 20
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_gradient_is_that_of_fp8_linear(kind: str) -> None:
     q, scale = made(70, 192, ("block", 64), 0)

@@ -20,8 +20,8 @@ def allowed(exact: torch.Tensor, dtype: torch.dtype, body: str) -> float:
     """The error of rounding the exact result once and 2 % more, 1e-6 in float32.
 
     The body that multiplies bf16 pairs rounds scaled weights to bf16 too: a second error of the same size, independent
-    of the first, so 1.41 times in norm. A norm over few elements is a poor statistic: a little more below 2,000; below 64
-    both roundings at their worst.
+    of the first, so 1.41 times in norm. A norm over few elements is a poor statistic: a little more below 2,000;
+    below 64 both roundings at their worst.
     """
     if dtype == torch.float32:
         return 1e-6

@@ -8,7 +8,6 @@
 #include "common/decode_vbmi.h"
 // clang-format on
 #include <cmath>
-#include <vector>
 
 #include "common/pool.h"
 #include "common/scratch.h"
@@ -22,6 +21,7 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kOutputs = 64;                    // per chunk of the pool
 constexpr int kGroup = 8;                           // rows of W that meet a tile at once
 constexpr int64_t kPackedBytes = int64_t{1} << 20;  // x is packed in chunks of rows of about this size: half of an L2
+constexpr int64_t kMostRows = 2048;                 // 512 KB of sums per thread
 constexpr float kLargest = 127.0f, kSmallestScale = 1e-30f;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -55,7 +55,7 @@ class Product {
 
   void run() {
     const int64_t row_bytes = 4 * units_ * blocks_ + 1;
-    const int64_t most = kPackedBytes / row_bytes / (3 * kLanes) * (3 * kLanes) + 3 * kLanes;
+    const int64_t most = least(kMostRows, round_up(kPackedBytes / row_bytes + 1, 2 * kLanes));
     for (int64_t m = 0; m < task_.x.rows; m += most) part(m, least(most, task_.x.rows - m));
   }
 
