@@ -146,7 +146,7 @@ def trained(cached) -> tuple[Shop, str]:
         [*command, *cached.training("lora", *more, *cached.encoders)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=550,
         check=False,
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )
