@@ -245,12 +245,12 @@ def launched(mixed_precision: str | None = None) -> LocalRuntime:
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     if precision == "fp8":
         raise UserError("the launcher asks for mixed_precision = fp8: use bf16, and --fp8_base for FP8 weights")
-    if sharding is not None and precision == "fp16":
-        raise UserError("the launcher asks for FSDP and mixed_precision = fp16: use bf16, which needs no loss scaling")
     state = PartialState(cpu=_flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != wanted:
         raise UserError(f"the launcher started {wanted} processes, but they do not know of each other: {_ON_CPUS}")
+    if sharding is not None and precision == "fp16":
+        raise UserError("the launcher asks for FSDP and mixed_precision = fp16: use bf16, which needs no loss scaling")
     return LocalRuntime(
         state.device,
         precision,
