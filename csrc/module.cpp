@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bind.h"
@@ -19,6 +20,8 @@ PYBIND11_MODULE(_C, module) {
           const auto isa = static_cast<musubi::Isa>(i);
           if (musubi::has(isa)) names.emplace_back(musubi::name_of(isa));
         }
+        if (musubi::has(musubi::Isa::avx512bf16) && musubi::prefers_floats())
+          std::swap(names.back(), *(names.end() - 2));
         return names;
       },
       "Instruction sets that this processor can run, the best one last; an op's `isa` is an index into all_isas().");
@@ -33,5 +36,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("pool_workers", &musubi::pool_workers, "Worker threads that exist now.");
   module.def("scratch_bytes", &musubi::scratch_bytes, "Bytes of scratch that this thread holds.");
   musubi::bind_fp8_linear(module);
+  musubi::bind_fp8_linear_dynamic(module);
   musubi::bind_fp8_quantize(module);
+#ifdef MUSUBI_CUDA_TARGETS
+  auto cuda = module.def_submodule("cuda", "The bodies for CUDA devices. Importing it asks for no driver.");
+  cuda.attr("targets") = MUSUBI_CUDA_TARGETS;
+  musubi::bind_fp8_linear_gpu(cuda);
+  musubi::bind_fp8_quantize_gpu(cuda);
+#endif
 }

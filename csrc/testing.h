@@ -123,6 +123,7 @@ class Numbers {
 };
 
 void test_linear();
+void test_linear_dynamic();
 void test_quantize();
 void test_pool();
 

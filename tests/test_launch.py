@@ -19,6 +19,15 @@ SCRIPTS = {
     "wan_cache_text_encoder_outputs": ("cache_text", ["--dataset_config", "d.toml", "--t5", "t.pth"]),
     "wan_train_network": ("train", ["--dataset_config", "d.toml", "--dit", "a b.safetensors"]),
     "wan_generate_video": ("generate", ["--prompt", "a cat --w 64", "--dit", "d.safetensors"]),
+    "cache_latents": ("cache_latents", ["--dataset_config", "d.toml", "--vae", "v.pt"]),
+    "cache_text_encoder_outputs": ("cache_text", ["--dataset_config", "d.toml", "--text_encoder1", "t"]),
+    "hv_train_network": ("train", ["--dataset_config", "d.toml", "--dit", "d.pt"]),
+    "hv_train": ("train", ["--dataset_config", "d.toml", "--dit", "d.pt"]),
+    "hv_generate_video": ("generate", ["--prompt", "a cat", "--dit", "d.pt"]),
+    "fpack_cache_latents": ("cache_latents", ["--dataset_config", "d.toml", "--image_encoder", "s"]),
+    "fpack_cache_text_encoder_outputs": ("cache_text", ["--dataset_config", "d.toml", "--text_encoder1", "t"]),
+    "fpack_train_network": ("train", ["--dataset_config", "d.toml", "--dit", "d.safetensors"]),
+    "fpack_generate_video": ("generate", ["--prompt", "a cat", "--image_path", "a b.png"]),
 }
 
 
@@ -81,6 +90,15 @@ MATRIX = [
     ("accelerate module", "wan_cache_latents"),
     ("accelerate package", "wan_cache_text_encoder_outputs"),
     ("accelerate musubi", "wan_generate_video"),
+    ("src file", "cache_latents"),
+    ("module", "cache_text_encoder_outputs"),
+    ("accelerate src file", "hv_train_network"),
+    ("file", "hv_train"),
+    ("scripts' folder", "hv_generate_video"),
+    ("musubi script", "fpack_cache_latents"),
+    ("absolute file", "fpack_cache_text_encoder_outputs"),
+    ("accelerate src file", "fpack_train_network"),
+    ("scripts' folder", "fpack_generate_video"),
 ]
 
 

@@ -1,15 +1,18 @@
 """The real commands: the options page is current, family defaults exist, established flags keep their form."""
 
+import ast
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from musubi_tuner import cli
+from musubi_tuner.config import flag_table
 from musubi_tuner.config.fields import options_of
 from musubi_tuner.config.known import known_elsewhere
-from musubi_tuner.config.options import parse
+from musubi_tuner.config.options import ConfigOptions, parse
 from musubi_tuner.families import registry
 
 ROOT = Path(__file__).parents[1]
@@ -66,15 +69,15 @@ def test_every_established_flag_is_effective_or_told_and_the_page_counts_them(sc
     flags = cli.established_flags(script)
     names = {f.lstrip("-").replace("-", "_") for row in ESTABLISHED[script]["options"] for f in row["flags"]}
     assert set(flags) == {n for n in names if len(n) > 1}
-    effective = sum(flags.values())
-    print(f"{script}: {effective} effective, {len(flags) - effective} with a warning")  # noqa: T201  # the issue asks
-    record_property("effective", effective)
+    counts = {state: list(flags.values()).count(state) for state in flag_table.STATES}
+    print(script, counts)  # noqa: T201  # the issue asks
+    record_property("flags", counts)
     page = (ROOT / "docs/options.md").read_text(encoding="utf-8")
-    assert f"| `{script}` | {effective} | {len(flags) - effective} |" in page
+    assert f"| `{script}` | {' | '.join(map(str, counts.values()))} |" in page
     argv = []
     for row in ESTABLISHED[script]["options"]:
         flag = row["flags"][0]
-        if not flags[flag.lstrip("-")]:
+        if flags[flag.lstrip("-")] in ("always", "warns"):
             count = 0 if row["action"] == "StoreTrue" else {None: 1, "*": 2, "+": 2}.get(row["nargs"], row["nargs"])
             argv += [flag, *["1"] * int(count)]
     required = [
@@ -85,5 +88,27 @@ def test_every_established_flag_is_effective_or_told_and_the_page_counts_them(sc
     ]
     found = parse(groups(script), [*argv, *required], prog=script, description="", elsewhere=known_elsewhere(script))
     told = [w for w in found.warnings if w.startswith("has no effect here yet: ")]
-    assert len(told) == bool(argv)
-    assert all(name in told[0] for name, ours in flags.items() if not ours)
+    assert len(told) == bool(counts["warns"])
+    parts = [part.split(" (")[0] for w in told for part in w.removeprefix("has no effect here yet: ").split("; ")]
+    assert {n for part in parts for n in part.split(", ")} == {n for n, state in flags.items() if state == "warns"}
+
+
+@pytest.mark.parametrize("script", sorted(cli.SCRIPTS))
+def test_every_effective_flag_has_a_test_that_shows_it(script):
+    shown = flag_table.shown_by(ROOT / "tests")
+    states = cli.established_flags(script)
+    assert [name for name, state in states.items() if state != "warns" and name not in shown] == []
+
+
+def test_a_test_that_shows_an_option_is_a_test_and_names_it():
+    marked = list(flag_table.marks(ast.parse("@pytest.mark.shows('a', 'b')\ndef test_x(): pass")))
+    assert [(name, test.name) for name, test in marked] == [("a", "test_x"), ("b", "test_x")]
+    known = {name for script in cli.SCRIPTS for name in cli.established_flags(script)}
+    known |= {o.name for script in cli.SCRIPTS for group in (*groups(script), ConfigOptions) for o in options_of(group)}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        source = path.read_text(encoding="utf-8")
+        for name, test in flag_table.marks(ast.parse(source)):
+            assert test.name.startswith("test_")
+            assert name in known, f"{path.name}::{test.name} shows {name}, which is no option"
+            unmarked = re.sub(r"@pytest\.mark\.shows\((?:[^)]|\n)*?\)", "", source)
+            assert re.search(rf"\b{name}\b", unmarked), f"{path.name}::{test.name} does not name {name}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.families import registry
-from musubi_tuner.flow import keyed
+from musubi_tuner.flow import keyed, sections
 from musubi_tuner.weights.reader import Header, TensorInfo
 
 
@@ -40,6 +40,24 @@ def _hunyuan_video_shapes(sizes: dict[str, object]) -> dict[str, tuple[int, ...]
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
+def _framepack_shapes(sizes: dict[str, object]) -> dict[str, tuple[int, ...]]:
+    from musubi_tuner.families.framepack.model import FramePackConfig, FramePackModel
+
+    with torch.device("meta"):
+        model = FramePackModel(FramePackConfig(**sizes))  # type: ignore[arg-type]
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def _framepack_entry(tokens: int) -> dict[str, Tensor]:
+    """Text as the cache has it, and a picture with a history of its own for each number of tokens."""
+    start, later = (keyed.normal((16, n, 4, 6), "tiny", "history", n, tokens) for n in (1, 4))
+    return {
+        **_hunyuan_video_entry(tokens),
+        **sections.inverted(start, later, 2, 1),
+        "image": keyed.normal((5, 20), "tiny", "image", tokens),
+    }
+
+
 def _hunyuan_video_entry(tokens: int) -> dict[str, Tensor]:
     """Features as the text cache has them: eight rows, the real ones first, something in the others."""
     return {
@@ -52,6 +70,7 @@ def _hunyuan_video_entry(tokens: int) -> dict[str, Tensor]:
 SHAPES: dict[str, Callable[[dict[str, object]], dict[str, tuple[int, ...]]]] = {
     "wan": _wan_shapes,
     "hunyuan_video": _hunyuan_video_shapes,
+    "framepack": _framepack_shapes,
 }
 TINY: dict[str, Tiny] = {
     "wan": Tiny(
@@ -71,6 +90,21 @@ TINY: dict[str, Tiny] = {
             "rope_axes_dims": (8, 12, 12),
         },
         _hunyuan_video_entry,
+        (16, 2, 4, 6),
+    ),
+    "framepack": Tiny(
+        {
+            "hidden_size": 64,
+            "num_heads": 2,
+            "num_double_blocks": 2,
+            "num_single_blocks": 2,
+            "mlp_ratio": 2.0,
+            "text_dim": 24,
+            "pooled_text_dim": 12,
+            "image_embed_dim": 20,
+            "rope_axes_dims": (8, 12, 12),
+        },
+        _framepack_entry,
         (16, 2, 4, 6),
     ),
 }

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from musubi_tuner.config.options import Resolved, parse
+from musubi_tuner.data.cache_keys import latent_name, text_name, to_keys
 from musubi_tuner.families import registry
 from musubi_tuner.flow import keyed
 from musubi_tuner.training import run
@@ -18,27 +19,32 @@ from tiny_models import TINY, tiny_dit
 FAMILY = registry.get("wan")
 
 
-def make_place(root: Path) -> Path:
-    """dit.safetensors, data.toml and the caches of five items of two shapes in `root`, as other tools name them."""
-    state = {key: value.contiguous() for key, value in tiny_dit("wan").state_dict().items()}
-    atomic_save_safetensors(root / "dit.safetensors", state, {"musubi.config": json.dumps(TINY["wan"].sizes)})
+def make_place(root: Path, name: str = "wan", **sizes: object) -> Path:
+    """dit.safetensors, data.toml and the caches of five items of two shapes in `root`, as other tools name them.
+
+    name: the family. sizes: of its tiny transformer, where they differ from the usual ones.
+    """
+    spec = registry.get(name).spec
+    state = {key: value.contiguous() for key, value in tiny_dit(name, **sizes).state_dict().items()}
+    metadata = {"musubi.config": json.dumps(TINY[name].sizes | sizes)}
+    atomic_save_safetensors(root / "dit.safetensors", state, metadata)
     cache = root / "cache"
     cache.mkdir()
     for i in range(5):
         width = 48 if i < 3 else 64
         latents = keyed.normal((16, 1, 4, width // 8), "run", i)
-        _write_cache(cache / f"p{i}_{width:04d}x0032_wan.safetensors", {f"latents_1x4x{width // 8}_float32": latents})
-        text = keyed.normal((2 + i % 3, 24), "text", i)
-        _write_cache(cache / f"p{i}_wan_te.safetensors", {"varlen_t5_float32": text})
+        for part, file, entry in (
+            ("latent", latent_name(f"p{i}", (width, 32), spec.cache_tag), {"latents": latents}),
+            ("text", text_name(f"p{i}", spec.cache_tag), TINY[name].entry(2 + i % 3)),
+        ):
+            tensors = to_keys(entry, spec.cache_fields, part)
+            told = {"architecture": spec.architecture, "format_version": "1.0.1", "width": "48"}
+            atomic_save_safetensors(cache / file, tensors, told)
     (root / "data.toml").write_text(
         "[general]\nresolution = [48, 32]\nbatch_size = 2\nenable_bucket = true\n"
         f'[[datasets]]\nimage_directory = "{root}/gone"\ncache_directory = "{cache}"\n'
     )
     return root
-
-
-def _write_cache(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    atomic_save_safetensors(path, tensors, {"architecture": "wan", "format_version": "1.0.1", "width": "48"})
 
 
 def words_of(place: Path, out: Path, *words: str) -> list[str]:

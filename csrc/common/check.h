@@ -26,7 +26,7 @@ inline Format format_of(int64_t code) {
 }
 
 inline Isa isa_of(int64_t code) {
-  require(code >= 0 && code < kIsaCount, "ISA codes are 0 to 3", code);
+  require(code >= 0 && code < kIsaCount, "ISA codes are 0 to 4", code);
   require(has(static_cast<Isa>(code)), "this processor cannot run that ISA", code);
   return static_cast<Isa>(code);
 }

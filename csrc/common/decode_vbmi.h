@@ -1,4 +1,4 @@
-// Codes to bf16 and float by table look-up, for the build with AVX-512 VBMI and BF16. Exact for every code.
+// Codes to bf16 and float by table look-up, for the builds with AVX-512 VBMI. Exact for every code.
 #pragma once
 
 #include <immintrin.h>
@@ -6,7 +6,7 @@
 #include "common/types.h"
 
 namespace musubi {
-namespace avx512bf16 {
+namespace MUSUBI_ISA {
 namespace {
 
 // The two bytes of bf16(code) for the 128 codes without sign.
@@ -51,32 +51,45 @@ struct Decoder {
     upper1 = _mm512_load_si512(bytes.upper + 64);
   }
 
-  void look_up(__m512i codes, __m512i* lower, __m512i* upper) const {
+  MUSUBI_INLINE void look_up(__m512i codes, __m512i* lower, __m512i* upper) const {
     *lower = _mm512_permutex2var_epi8(lower0, codes, lower1);
     const __m512i magnitude = _mm512_permutex2var_epi8(upper0, codes, upper1);
     *upper = _mm512_ternarylogic_epi32(magnitude, codes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
   }
 
   // 64 codes as bf16: `a` holds the first 32, `b` the others.
-  void pairs(__m512i codes, __m512i* a, __m512i* b) const {
+  MUSUBI_INLINE void pairs(__m512i codes, __m512i* a, __m512i* b) const {
     __m512i lower, upper;
     look_up(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), codes), &lower, &upper);
     *a = _mm512_unpacklo_epi8(lower, upper);
     *b = _mm512_unpackhi_epi8(lower, upper);
   }
 
-  // 64 codes as floats times `scale`, in order.
-  void floats(__m512i codes, __m512 scale, __m512* out) const {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  // 64 codes as floats, in order. The codes are laid out so that the two halves of a word are 16 codes apart: shifting
+  // them out takes another port than the look-ups.
+  MUSUBI_INLINE void floats(__m512i codes, __m512* out) const {
     __m512i lower, upper;
-    look_up(_mm512_permutexvar_epi32(order, codes), &lower, &upper);
+    look_up(_mm512_permutexvar_epi8(_mm512_load_si512(kOrder), codes), &lower, &upper);
     const __m512i a = _mm512_unpacklo_epi8(lower, upper), b = _mm512_unpackhi_epi8(lower, upper);
-    const __m512i zero = _mm512_setzero_si512();
-    out[0] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, a)), scale);
-    out[1] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, a)), scale);
-    out[2] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_unpacklo_epi16(zero, b)), scale);
-    out[3] = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_unpackhi_epi16(zero, b)), scale);
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16));
+    out[1] = _mm512_castsi512_ps(_mm512_and_si512(a, high));
+    out[2] = _mm512_castsi512_ps(_mm512_slli_epi32(b, 16));
+    out[3] = _mm512_castsi512_ps(_mm512_and_si512(b, high));
   }
+
+  // The same times `scale`.
+  void floats(__m512i codes, __m512 scale, __m512* out) const {
+    floats(codes, out);
+    MUSUBI_UNROLL
+    for (int i = 0; i < 4; ++i) out[i] = _mm512_mul_ps(out[i], scale);
+  }
+
+ private:
+  alignas(64) static constexpr uint8_t kOrder[64] = {0,  16, 1,  17, 2,  18, 3,  19, 32, 48, 33, 49, 34, 50, 35, 51,  //
+                                                     4,  20, 5,  21, 6,  22, 7,  23, 36, 52, 37, 53, 38, 54, 39, 55,  //
+                                                     8,  24, 9,  25, 10, 26, 11, 27, 40, 56, 41, 57, 42, 58, 43, 59,  //
+                                                     12, 28, 13, 29, 14, 30, 15, 31, 44, 60, 45, 61, 46, 62, 47, 63};
 };
 
 inline __mmask64 first(int64_t count) {
@@ -87,10 +100,49 @@ inline __mmask32 first_words(int64_t count) {
   return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << static_cast<unsigned>(count > 0 ? count : 0)) - 1;
 }
 
+#ifdef __AVX512BF16__
 inline __m512i rounded(__m512 low_half, __m512 high_half) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high_half, low_half));
 }
+#endif
+
+// What decode_vec.h offers, 64 codes at a time.
+class Codes {
+ public:
+  explicit Codes(Format format) : decoder_(format) {}
+
+  // out[0 .. count) = float(codes) * scale
+  void floats(const uint8_t* codes, int64_t count, float scale, float* out) const {
+    const __m512 factor = _mm512_set1_ps(scale);
+    int64_t i = 0;
+    __m512 f[4];
+    for (; i + 64 <= count; i += 64) {
+      decoder_.floats(_mm512_loadu_si512(codes + i), factor, f);
+      MUSUBI_UNROLL
+      for (int v = 0; v < 4; ++v) _mm512_storeu_ps(out + i + 16 * v, f[v]);
+    }
+    if (i == count) return;
+    decoder_.floats(_mm512_maskz_loadu_epi8(first(count - i), codes + i), factor, f);
+    MUSUBI_UNROLL
+    for (int v = 0; v < 4; ++v) {
+      _mm512_mask_storeu_ps(out + i + 16 * v, static_cast<__mmask16>(first_words(count - i - 16 * v)), f[v]);
+    }
+  }
+
+  // out[0 .. count) = float(codes), and zeros up to 64. At most 64 codes.
+  MUSUBI_INLINE void padded(const uint8_t* codes, int64_t count, float* out) const {
+    __m512 f[4];
+    decoder_.floats(count == 64 ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8(first(count), codes), f);
+    MUSUBI_UNROLL
+    for (int v = 0; v < 4; ++v) _mm512_storeu_ps(out + 16 * v, f[v]);
+  }
+
+  const Decoder& decoder() const { return decoder_; }
+
+ private:
+  Decoder decoder_;
+};
 
 }  // namespace
-}  // namespace avx512bf16
+}  // namespace MUSUBI_ISA
 }  // namespace musubi

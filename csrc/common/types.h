@@ -6,6 +6,8 @@
 // Before a loop over registers: without it GCC 12 keeps small arrays of vectors on the stack and stores them every
 // turn.
 #define MUSUBI_UNROLL _Pragma("GCC unroll 64")
+#define MUSUBI_INLINE inline __attribute__((always_inline))
+#define MUSUBI_NOINLINE __attribute__((noinline))
 
 namespace musubi {
 

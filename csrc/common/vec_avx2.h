@@ -18,9 +18,21 @@ struct Vec {
   static F set1(float a) { return _mm256_set1_ps(a); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F f) { _mm256_storeu_ps(p, f); }
+  // The G floats at p, again and again.
+  template <int G>
+  static F repeat(const float* p) {
+    if constexpr (G == 1) return _mm256_set1_ps(*p);
+    if constexpr (G == 2)
+      return _mm256_castpd_ps(_mm256_broadcastsd_pd(_mm_load_sd(reinterpret_cast<const double*>(p))));
+    if constexpr (G == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+    if constexpr (G == 8) return _mm256_loadu_ps(p);
+  }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  // The largest power of two that is not above |a|.
+  static F power_of(F a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000))); }
   static float sum(F a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -19,9 +19,24 @@ struct Vec {
   static F set1(float a) { return _mm512_set1_ps(a); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F f) { _mm512_storeu_ps(p, f); }
+  // The G floats at p, again and again.
+  template <int G>
+  static F repeat(const float* p) {
+    if constexpr (G == 1) return _mm512_set1_ps(*p);
+    if constexpr (G == 2)
+      return _mm512_castpd_ps(_mm512_broadcastsd_pd(_mm_load_sd(reinterpret_cast<const double*>(p))));
+    if constexpr (G == 4) return _mm512_broadcast_f32x4(_mm_loadu_ps(p));
+    if constexpr (G == 8) return _mm512_broadcast_f32x8(_mm256_loadu_ps(p));
+    if constexpr (G == 16) return _mm512_loadu_ps(p);
+  }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  // The largest power of two that is not above |a|.
+  static F power_of(F a) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7f800000)));
+  }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
 
   static void transpose(F* r) {

@@ -76,6 +76,13 @@ struct Vec {
     return f;
   }
   static void store(float* p, F f) { std::memcpy(p, f.lane, sizeof f.lane); }
+  // The G floats at p, again and again.
+  template <int G>
+  static F repeat(const float* p) {
+    F f;
+    for (int i = 0; i < W; ++i) f.lane[i] = p[i % G];
+    return f;
+  }
   static F add(F a, F b) {
     for (int i = 0; i < W; ++i) a.lane[i] += b.lane[i];
     return a;
@@ -87,6 +94,15 @@ struct Vec {
   static F fma(F a, F b, F c) {
     for (int i = 0; i < W; ++i) c.lane[i] += a.lane[i] * b.lane[i];
     return c;
+  }
+  static F max(F a, F b) {
+    for (int i = 0; i < W; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+    return a;
+  }
+  // The largest power of two that is not above |a|.
+  static F power_of(F a) {
+    for (int i = 0; i < W; ++i) a.lane[i] = bits_to_float(float_to_bits(a.lane[i]) & 0x7f800000u);
+    return a;
   }
   static float sum(F a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
   static void transpose(F* r) {

@@ -10,6 +10,7 @@ from musubi_kernels._backends import backends
 from musubi_kernels._explain import explain
 from musubi_kernels._formats import fp8_mode
 from musubi_kernels.ops.fp8_linear import fp8_linear
+from musubi_kernels.ops.fp8_linear_dynamic import dynamic_error, fp8_linear_dynamic
 from musubi_kernels.ops.fp8_lora_linear import fp8_lora_linear
 from musubi_kernels.ops.fp8_quantize import dequantize_fp8, quantize_fp8
 from musubi_kernels.ops.lora_linear import lora_linear
@@ -17,8 +18,10 @@ from musubi_kernels.ops.lora_linear import lora_linear
 __all__ = [
     "backends",
     "dequantize_fp8",
+    "dynamic_error",
     "explain",
     "fp8_linear",
+    "fp8_linear_dynamic",
     "fp8_lora_linear",
     "fp8_mode",
     "lora_linear",

@@ -13,8 +13,6 @@ import os
 from types import ModuleType
 from typing import Final, Literal, get_args
 
-import torch
-
 Backend = Literal["native", "triton", "cuda", "reference"]
 BACKENDS: Final[tuple[Backend, ...]] = get_args(Backend)
 """All backends, in the order in which an op asks them."""
@@ -50,18 +48,14 @@ def missing(backend: Backend) -> str | None:
         module, reason = load_native()
         return reason if module is None else None
     if backend == "triton":
-        return _missing_triton()
+        from musubi_kernels import _triton
+
+        return _triton.missing()
     if backend == "cuda":
-        return "this version has no CUDA C++ bodies"
+        from musubi_kernels import _cuda
+
+        return _cuda.missing()
     return None
-
-
-def _missing_triton() -> str | None:
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return "this version has no Triton bodies"
 
 
 def backends() -> dict[str, str]:
@@ -78,4 +72,8 @@ def _describe(name: Backend) -> str:
         module, _ = load_native()
         if module is not None:
             return f"available: this processor can run {', '.join(module.isas())}"
+    if name == "cuda":
+        from musubi_kernels import _cuda
+
+        return f"available: built for {_cuda.targets()}, newer devices run its PTX"
     return "available: torch operations in row chunks, any device" if name == "reference" else "available"

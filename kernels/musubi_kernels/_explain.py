@@ -48,6 +48,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     chosen = _in_full(choice.backend)
     how = "pinned by MUSUBI_KERNELS" if choice.pinned else "first that can serve it"
     sentence = f"{fn.__name__}: {chosen} ({how}): {plan.sizes()}"
+    if choice.tells is not None:
+        sentence += f", by {choice.tells(*plan.args)}"
     others = [b for b in BACKENDS if b != choice.backend]
     reasons = {b: choice.refused.get(b) or plan.op.refusal(b, plan.args) for b in others}
     notes = [f"{b}: not used because {r}" if r else f"{b}: could serve it too" for b, r in reasons.items()]

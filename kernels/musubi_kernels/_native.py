@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from types import ModuleType
 from typing import Final
@@ -41,6 +42,11 @@ def isa_name() -> str:
 
 def isa() -> int:
     """The code of the instruction set in use."""
+    return _isa_code(os.environ.get(ISA_VARIABLE))
+
+
+@functools.cache
+def _isa_code(_: str | None) -> int:
     names: list[str] = module().all_isas()
     return names.index(isa_name())
 
@@ -59,6 +65,8 @@ def refuses(*tensors: torch.Tensor | None) -> str | None:
 
 def matrix(tensor: torch.Tensor) -> torch.Tensor:
     """[..., K] as [M, K] with contiguous rows; a copy only where the strides need one."""
+    if tensor.ndim == 2 and tensor.stride(1) == 1:
+        return tensor
     folded = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
     return folded if folded.shape[1] <= 1 or folded.stride(1) == 1 else folded.contiguous()
 
@@ -71,10 +79,11 @@ def rows(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:
 def weight(q: torch.Tensor, scale: torch.Tensor, fmt: str) -> tuple[int, ...]:
     """An FP8 matrix with contiguous rows and its scales, as the ten integers of `Fp8Rows`."""
     n, k = q.shape
-    if scale.ndim == 3:
-        block, by_row, by_block = k // max(1, scale.shape[1]), scale.stride(0), scale.stride(1)
+    strides = scale.stride()
+    if len(strides) == 3:
+        block, by_row, by_block = k // max(1, scale.shape[1]), strides[0], strides[1]
     else:
-        block, by_row, by_block = k, scale.stride(0) if scale.ndim == 2 else 0, 0
+        block, by_row, by_block = k, strides[0] if len(strides) == 2 else 0, 0
     return (
         q.data_ptr(),
         n,

@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 
 Body = Callable[..., Any]
 Refusal = Callable[..., str | None]
+Telling = Callable[..., str]
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Choice:
     body: Body
     refused: dict[str, str]
     pinned: bool
+    tells: Telling | None = None
 
 
 @dataclass(frozen=True)
 class _Served:
     body: Body
     refuses: Refusal
+    tells: Telling | None
 
 
 @dataclass
@@ -64,9 +67,14 @@ class Op:
         """Run the operator (through torch's dispatcher, so autograd, compile and fake tensors all work)."""
         return self._call(*args)
 
-    def serve(self, backend: Backend, body: Body, refuses: Refusal = lambda *_: None) -> None:
-        """Let `backend` serve this op with `body`, for arguments for which `refuses(*args)` is None."""
-        self._bodies[backend] = _Served(body, refuses)
+    def serve(
+        self, backend: Backend, body: Body, refuses: Refusal = lambda *_: None, tells: Telling | None = None
+    ) -> None:
+        """Let `backend` serve this op with `body`, for arguments for which `refuses(*args)` is None.
+
+        `tells(*args)` says, for `explain`, how the body would go about these arguments, where it has a choice.
+        """
+        self._bodies[backend] = _Served(body, refuses, tells)
 
     def derivative(self, setup: Callable[..., None], backward: Body) -> None:
         """Register the backward: `setup(ctx, inputs, output)` and `backward(ctx, *grads)`."""
@@ -89,12 +97,14 @@ class Op:
                 raise ValueError(
                     f"{PIN_VARIABLE} = {pin}: it cannot serve {self.name} here because {reason}; unset the variable"
                 )
-            return Choice(pin, self._bodies[pin].body, {}, True)
+            served = self._bodies[pin]
+            return Choice(pin, served.body, {}, True, served.tells)
         refused: dict[str, str] = {}
         for backend in BACKENDS:
             reason = self.refusal(backend, args)
             if reason is None:
-                return Choice(backend, self._bodies[backend].body, refused, False)
+                served = self._bodies[backend]
+                return Choice(backend, served.body, refused, False, served.tells)
             refused[backend] = reason
         raise ValueError(f"{self.name}: no backend serves this call: {refused}")
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from musubi_tuner import console
+from musubi_tuner.config import flag_table
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.fields import canonical, nearest, options_of, title_of
-from musubi_tuner.config.known import NOT_SERVED, known_elsewhere
+from musubi_tuner.config.known import ALWAYS, REFUSED, belongs, known_elsewhere
 from musubi_tuner.config.options import parse
 from musubi_tuner.config.show import markdown, plain
 
@@ -60,6 +61,10 @@ SCRIPTS = {
     "hv_train_network": Script("train", "hunyuan_video"),
     "hv_train": Script("train", "hunyuan_video", (("full_finetune", True),)),
     "hv_generate_video": Script("generate", "hunyuan_video"),
+    "fpack_cache_latents": Script("cache_latents", "framepack"),
+    "fpack_cache_text_encoder_outputs": Script("cache_text", "framepack"),
+    "fpack_train_network": Script("train", "framepack"),
+    "fpack_generate_video": Script("generate", "framepack"),
     "wan_cache_latents": Script("cache_latents", "wan"),
     "wan_cache_text_encoder_outputs": Script("cache_text", "wan"),
     "wan_train_network": Script("train", "wan"),
@@ -217,30 +222,24 @@ def served(script: str) -> set[str]:
     return {name for o in options for name in (*o.spellings, *map(canonical, o.declared.shorthand))}
 
 
-def established_flags(script: str) -> dict[str, bool]:
-    """The flags of the established script of this name: True where ours serves it, False where it warns."""
-    ours = served(script)
-    return {name: name in ours for name, row in known_elsewhere(script).items() if row.where == NOT_SERVED}
+def established_flags(script: str) -> dict[str, str]:
+    """The flags of the established script of this name, each with what becomes of it here (`flag_table`)."""
+    ours, kind = served(script), SCRIPTS[script].kind
+
+    def state(name: str) -> str:
+        if kind in REFUSED.get(name, ()):
+            return flag_table.REFUSED
+        if name in ALWAYS:
+            return flag_table.ALWAYS
+        return flag_table.EFFECTIVE if name in ours else flag_table.WARNS
+
+    return {name: state(name) for name in known_elsewhere(script) if belongs(name, script)}
 
 
 def _matrix() -> list[str]:
-    """Markdown: what becomes of each established flag in each script."""
-    columns = {script: established_flags(script) for script in SCRIPTS}
-    lines = ["## Established flags, script by script", "", *_MATRIX_HEAD.splitlines(), ""]
-    lines += ["| script | effective | warns |", "|---|---|---|"]
-    for script, flags in columns.items():
-        lines.append(f"| `{script}` | {sum(flags.values())} | {len(flags) - sum(flags.values())} |")
-    lines += ["", "| flag | " + " | ".join(f"`{s}`" for s in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    words = {True: "effective", False: "warns", None: ""}
-    for name in sorted({name for flags in columns.values() for name in flags}):
-        lines.append(f"| `--{name}` | " + " | ".join(words[flags.get(name)] for flags in columns.values()) + " |")
-    return lines
-
-
-_MATRIX_HEAD = """\
-`effective`: the option does what it says. `warns`: it is accepted and told to have no effect. An empty cell: the
-established script of that name has no such flag, and a file that holds it is told where it belongs. No flag of an
-established script is refused as such; values that cannot be served are, with a sentence."""
+    """What becomes of each established flag in each script; a checkout's tests tell where that is shown."""
+    tests = Path(__file__).resolve().parents[2] / "tests"
+    return flag_table.lines({script: established_flags(script) for script in SCRIPTS}, flag_table.shown_by(tests))
 
 
 _PAGE_HEAD = """\

@@ -64,6 +64,7 @@ def fault(*argv: str, **kwargs) -> str:
     return str(caught.value)
 
 
+@pytest.mark.shows("config_file")
 def test_every_layer_wins_over_the_one_before_and_is_named_as_the_source(tmp_path):
     config = write(tmp_path, "\n[a]\nnetwork_dim = 16\nlearning_rate = 1e-4\n")
     found = run(defaults={"network_dim": 8, "vae": "family.safetensors", "of_another_command": 3})
@@ -204,6 +205,7 @@ def test_options_known_elsewhere_give_one_grouped_warning(tmp_path):
     assert "'3' after --two belongs to no option" in fault("--two", "1", "2", "3", elsewhere=elsewhere)
 
 
+@pytest.mark.shows("config_compat")
 def test_config_compat_turns_unknown_keys_into_a_warning_but_not_wrong_values(tmp_path):
     config = write(tmp_path, "learning_rte = 1\nqqqq = 2\n")
     found = run("--config_file", config, "--config_compat")
@@ -251,6 +253,7 @@ def test_secrets_are_shown_nowhere(tmp_path):
     assert "sesame" not in fault("--config_file", twice)
 
 
+@pytest.mark.shows("print_config")
 def test_print_config_gives_a_file_that_resolves_to_the_same_values(tmp_path):
     argv = ["--learning_rate", "1e-05", "--vae", 'a "b" \\ \tü\x7f', "--optimizer_args", "a=1", "b='x'", "--fp8_base"]
     argv += ["--attn_mode", "flash", "--folder", "x/y", "--lr_warmup_steps", "5%"]

@@ -85,6 +85,7 @@ def test_a_first_run_makes_every_file_in_the_established_form(run):
         assert file.metadata()["caption1"] == "caption 2"
 
 
+@pytest.mark.shows("vae_dtype")
 def test_the_latents_are_those_of_the_picture(run):
     run.latents("--vae_dtype", "fp32")
     pixels = np.asarray(Image.open(run.folder / "p" / "1.png")).astype(np.float64) / 127.5 - 1
@@ -93,6 +94,7 @@ def test_the_latents_are_those_of_the_picture(run):
     np.testing.assert_allclose(stored[:, 0].permute(1, 2, 0).numpy(), means, atol=1e-5)
 
 
+@pytest.mark.shows("batch_size", "num_workers")
 def test_batches_of_the_cap_give_the_same_files(run):
     run.latents()
     first = {path.name: load_file(path) for path in run.cache.iterdir()}
@@ -103,7 +105,9 @@ def test_batches_of_the_cap_give_the_same_files(run):
             assert torch.equal(tensor, first[path.name][key])
 
 
+@pytest.mark.shows("skip_existing")
 def test_a_second_run_encodes_and_writes_nothing(run):
+    """What --skip_existing asks for is always so."""
     run.latents()
     before = run.stamps()
     log = run.latents()
@@ -176,7 +180,9 @@ class TestForeign:
         assert "4 fresh" in foreign.latents("--strict_cache")[-1]
 
 
+@pytest.mark.shows("prune_cache", "keep_cache")
 def test_only_prune_cache_deletes_and_only_what_is_ours(run):
+    """What --keep_cache asks for is always so."""
     run.latents()
     run.text()
     (run.folder / "p" / "0.png").unlink()
@@ -230,6 +236,7 @@ def test_what_is_left_out_is_told_before_work(run):
         (["--dataset_config", "/nowhere.toml"], "dataset file /nowhere.toml is not there"),
     ],
 )
+@pytest.mark.shows("device")
 def test_a_wrong_option_is_one_sentence_before_any_work(run, words, sentence):
     with pytest.raises(UserError, match=sentence):
         run.latents(*words)

@@ -56,7 +56,9 @@ def shown(scans, options, answers=""):
     return re.findall(r"^\S*?(\[\d+/\d+\]) (\w+)", CELL.sub("", out.getvalue()).replace("> [", ">\n["), re.MULTILINE)
 
 
+@pytest.mark.shows("console_width")
 def test_half_blocks_draw_the_picture():
+    """At most --console_width characters in a row."""
     colours = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
     np.testing.assert_array_equal(pixels_of(half_blocks(colours, 80)), colours)
     halves = pixels_of(half_blocks(colours, 10))
@@ -79,6 +81,7 @@ def test_the_terminal_is_asked_after_each_item(scans, answers, expected):
     assert [name for _, name in shown(scans, ViewOptions("console", 16), answers)] == expected
 
 
+@pytest.mark.shows("console_num_images")
 def test_a_number_of_images_is_shown_without_asking(scans):
     out = io.StringIO()
     view(scans, ViewOptions("console", 16, None, 2), stdin=io.StringIO(), out=out)
@@ -92,6 +95,7 @@ def test_without_a_terminal_the_number_is_needed(scans):
         view(scans, ViewOptions("console"), stdin=io.StringIO(), out=io.StringIO())
 
 
+@pytest.mark.shows("console_back")
 def test_a_colour_that_is_none_is_refused(scans):
     with pytest.raises(UserError, match="--console_back blu: use a colour name"):
         view(scans, ViewOptions("console", 16, "blu", 1), out=io.StringIO())
@@ -141,6 +145,7 @@ def test_a_picture_that_cannot_be_decoded_is_told_and_the_rest_is_shown(scans):
     assert len(re.findall(r"\[\d/\d\]", out.getvalue())) == 5
 
 
+@pytest.mark.shows("debug_mode")
 def test_the_command_shows_and_caches_nothing(data, family, capsys):
     words = ["--dataset_config", str(data), "--debug_mode", "console", "--console_num_images", "1"]
     cache_latents(family, parse(LATENT_GROUPS, words, prog="cache", description="", defaults={}, elsewhere={}))

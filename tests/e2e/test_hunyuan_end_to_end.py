@@ -144,9 +144,9 @@ def test_caches_have_the_established_names_keys_and_dtypes(cached):
     assert pictures[:2] == ["picture 0_0400x0300_hv.safetensors", "picture 0_hv_te.safetensors"]
     assert sorted(path.name for path in cache.iterdir()) == [
         "pan_00000-005_0096x0064_hv.safetensors",
-        "pan_00000-005_hv_te.safetensors",
+        "pan_hv_te.safetensors",
     ]
-    with safe_open(cache / "pan_00000-005_hv_te.safetensors", "pt") as file:
+    with safe_open(cache / "pan_hv_te.safetensors", "pt") as file:
         found = {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
         assert file.metadata()["architecture"] == "hunyuan_video"
         assert file.metadata()["caption1"] == "the roof of a temple"
@@ -235,9 +235,23 @@ def test_a_video_can_be_played(cached, tmp_path):
 def test_an_image_to_video_checkpoint_trains_on_the_same_caches(cached, tmp_path, capsys):
     musubi("hv_train_network", *cached.training("i2v", *LORA, "--dit_in_channels", "32", dit="i2v.safetensors"))
     assert (cached.root / "out" / "i2v.safetensors").exists()
-    words = cached.generation(tmp_path, "--video_length", "1", dit="i2v.safetensors")
+    words = cached.generation(tmp_path, "--video_length", "5", "--output_type", "latent", dit="i2v.safetensors")
     assert cli.main(["hv_generate_video", *words]) == 2
-    assert "was given no first frame" in capsys.readouterr().err
+    assert "was given no first frame: give --image_path" in capsys.readouterr().err
+
+
+def test_an_image_to_video_checkpoint_goes_on_from_its_picture(cached, workshop, tmp_path, caplog):
+    """Another picture gives another clip; a text-to-video checkpoint says that it makes nothing of one."""
+    found = {}
+    for number, dit in ((0, "i2v"), (2, "i2v"), (0, "dit")):
+        name, folder = f"{dit} {number}", tmp_path / f"{dit}-{number}"
+        picture = str(workshop.root / "pictures" / f"picture {number}.png")
+        more = ("--video_length", "5", "--output_type", "latent", "--image_path", picture)
+        musubi("hv_generate_video", *cached.generation(folder, *more, dit=f"{dit}.safetensors"))
+        (path,) = folder.glob("*_latent.safetensors")
+        found[name] = load_file(path)["latent"]
+    assert (found["i2v 0"] - found["i2v 2"]).norm() > 1e-3 * found["i2v 0"].norm()
+    assert caplog.text.count("makes nothing of pictures") == 1
 
 
 def test_hv_train_trains_every_weight_and_keeps_the_layout(cached):

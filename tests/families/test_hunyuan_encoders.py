@@ -64,6 +64,7 @@ def test_long_clips_are_coded_whole(vae_file):
     assert distance(latents, whole) < 1e-6
 
 
+@pytest.mark.shows("vae_chunk_size")
 def test_chunks_of_frames_change_nothing(vae_file):
     pixels = keyed.normal((1, 3, 13, 16, 16), "chunks").clamp(-1, 1)
     plain = load(vae_file)
@@ -74,6 +75,7 @@ def test_chunks_of_frames_change_nothing(vae_file):
         assert distance(chunked.decode(latents), plain.decode(latents)) < 1e-5
 
 
+@pytest.mark.shows("vae_tiling", "vae_spatial_tile_sample_min_size")
 def test_tiles_are_made_only_when_asked_for(vae_file):
     """Tiles of 64 pixels overlap by a quarter; the library's own call is the oracle of the blending."""
     pixels = keyed.normal((1, 3, 1, 96, 80), "tiles").clamp(-1, 1)
@@ -215,6 +217,7 @@ def test_a_long_caption_is_cut_with_a_warning(encoders, caplog):
     assert "a caption of 301 tokens is cut to the 256 that the model takes: red red" in caplog.text
 
 
+@pytest.mark.shows("text_encoder_dtype")
 def test_default_caches_are_float16_and_close(encoders):
     full, half = (encode(loaded(options_of(encoders, **c)))[0] for c in ({}, {"text_encoder_dtype": "float16"}))
     assert CacheTextEncoderOptions().text_encoder_dtype == "float16"
@@ -223,6 +226,7 @@ def test_default_caches_are_float16_and_close(encoders):
         assert distance(half[name].float(), full[name]) < 1e-2
 
 
+@pytest.mark.shows("fp8_llm")
 def test_the_language_model_runs_in_fp8(encoders):
     full = encode(loaded(options_of(encoders)))[0]["text"]
     encoder = loaded(options_of(encoders, fp8_llm=True))
@@ -278,6 +282,7 @@ def test_every_published_clip_key_has_a_place():
     assert {clip.model_key(key, model): shape for key, shape in shapes.items()} == built
 
 
+@pytest.mark.shows("text_encoder1", "text_encoder2")
 def test_wrong_and_missing_files_are_named(encoders, vae_file, tmp_path):
     with pytest.raises(UserError, match="has two text encoders: name both"):
         loaded(EncodingOptions(text_encoder1="x"))

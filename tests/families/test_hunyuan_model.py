@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from golden_data import REFERENCE, TOLERANCE, distance, golden, manifest
+from golden_data import REFERENCE, TOLERANCE, distance, fixture_sinusoid, golden, manifest
 from musubi_tuner.adapters.attach import attach
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families import registry
@@ -28,6 +28,11 @@ SPEC = FAMILY.spec
 @pytest.fixture(scope="module")
 def case():
     return golden("hunyuan_video_t2v_a")
+
+
+@pytest.fixture(autouse=True)
+def _frequencies_of_the_fixtures(monkeypatch):
+    monkeypatch.setattr("musubi_tuner.families.hunyuan_video.model.sinusoid", fixture_sinusoid)
 
 
 def config_of(case, **changes) -> HunyuanVideoConfig:
@@ -303,6 +308,7 @@ def test_another_file_is_refused_in_one_sentence(shapes, metadata, message):
         FAMILY.build_dit(header_of(shapes, metadata))
 
 
+@pytest.mark.shows("dit_in_channels")
 def test_the_channels_option_is_compared_with_the_file():
     header = header_of(manifest("hunyuan_video_skyreels_i2v"))
     assert FAMILY.build_dit(header, None, ModelOptions(dit_in_channels=32)).config.in_channels == 32

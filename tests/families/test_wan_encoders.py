@@ -164,6 +164,7 @@ def test_captions_are_cleaned_as_the_model_was_trained():
     assert text.clean_caption("  a &amp;amp; b\n\tc ") == "a & b c"
 
 
+@pytest.mark.shows("fp8_t5")
 def test_the_encoder_runs_in_fp8(umt5_file):
     full = FAMILY.encode_condition([Item("w5 w6 w7")], load_umt5(umt5_file))[0]["text"]
     encoder = load_umt5(umt5_file, fp8=True)
@@ -175,6 +176,7 @@ def test_the_encoder_runs_in_fp8(umt5_file):
     assert 1e-4 < distance(FAMILY.encode_condition([Item("w5 w6 w7")], encoder)[0]["text"], full) < 0.2
 
 
+@pytest.mark.shows("t5", "vae")
 def test_wrong_and_missing_files_are_named(umt5_file, vae_file, tmp_path):
     with pytest.raises(UserError, match=r"is not umt5: it has no token_embedding.weight"):
         load_umt5_with_tokenizer(vae_file, umt5_file.parent / "tokenizer")

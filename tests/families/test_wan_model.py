@@ -263,6 +263,7 @@ def test_text_that_another_encoder_made_is_refused(model, case, shape):
     ("name", "task", "right"),
     [("wan2_1_t2v_1_3b", "t2v-14B", "t2v-1.3B"), ("wan2_1_t2v_14b", "t2v-1.3B", "t2v-14B or t2i-14B")],
 )
+@pytest.mark.shows("task")
 def test_a_task_that_the_file_cannot_do_is_refused_with_the_one_it_can(name, task, right):
     header = header_of(manifest(name))
     with pytest.raises(UserError, match=f"--task {task}: .*; say --task {right}"):

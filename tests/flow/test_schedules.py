@@ -73,5 +73,5 @@ def test_a_grid_that_does_not_fall_to_zero_is_refused(sigmas):
 
 
 def test_an_unknown_solver_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'ddim' is not known: use one of unipc, dpm\+\+, vanilla"):
+    with pytest.raises(ValueError, match=r"'ddim' is not known: use one of unipc, unipc3, dpm\+\+, vanilla"):
         solvers.get("ddim")

@@ -67,6 +67,58 @@ def test_golden_trajectory_is_reached(key):
     assert relative(samples[-1], GOLDEN[f"out.{key}.final"]) < 2e-6
 
 
+SECTIONS = [
+    c
+    for c in json.loads((REFERENCE / "behaviour" / "schedules.json").read_text(encoding="utf-8"))["cases"]
+    if c["family"] == "framepack"
+]
+
+
+def test_the_reference_holds_the_sections_that_are_compared():
+    assert len(SECTIONS) == 24
+    assert sum("trajectory" in c for c in SECTIONS) == 2
+
+
+@pytest.mark.parametrize("case", SECTIONS, ids=lambda c: f"{c['steps']}-{c['sequence_length']}-{c['flow_shift']}")
+def test_sections_walk_the_measured_grid_to_the_measured_end(case):
+    solver = solvers.get("unipc3")
+    schedule = solver.schedule(case["steps"], math.exp(case["mu"]))
+    torch.testing.assert_close(schedule.sigmas, torch.tensor(case["sigmas"]).double(), rtol=1e-6, atol=1e-7)
+    told = torch.tensor(case["timesteps_fed_to_model"]).double()
+    torch.testing.assert_close(schedule.times * 1000, told, rtol=1e-6, atol=1e-4)
+    if "trajectory" in case:
+        found = case["trajectory"]
+        asked = []
+
+        def velocity(x, t):
+            asked.append(x)
+            return 0.5 * x - 0.2 * t + 0.1 * (3 * x).sin()
+
+        end = solver.solve(velocity, torch.tensor(found["start"]), schedule)
+        assert relative(torch.stack(asked), torch.tensor([call[1:] for call in found["calls"]])) < 2e-6
+        assert relative(end, torch.tensor(found["result"])) < 2e-6
+
+
+@pytest.mark.parametrize(("key", "steps"), [("framepack_unipc", 7), ("framepack_unipc_shift", 5)])
+def test_golden_clean_predictions_are_reached(key, steps):
+    """The fixture keeps the clean prediction of every step; the last one is the result."""
+    solver = solvers.get("unipc3")
+    mu = {"framepack_unipc": 0.8798437499999999, "framepack_unipc_shift": math.log(10)}[key]
+    schedule = solver.schedule(steps, math.exp(mu))
+    torch.testing.assert_close(schedule.sigmas, GOLDEN[f"out.{key}.sigmas"], rtol=1e-6, atol=1e-7)
+    w, b = GOLDEN["in.w"], GOLDEN["in.b"]
+    cleans = []
+
+    def velocity(x, t):
+        v = (x * w).tanh() + t * b
+        cleans.append(x - t * v)
+        return v
+
+    end = solver.solve(velocity, GOLDEN["in.x"], schedule)
+    assert relative(torch.stack(cleans), GOLDEN[f"out.{key}.trajectory"]) < 2e-6
+    assert relative(end, GOLDEN[f"out.{key}.final"]) < 2e-6
+
+
 def gaussian_velocity(x, t, *, spread):
     """Exact velocity of the flow from N(0, 1) to N(0, spread^2): dx/dt = x (t - (1-t) spread^2) / variance(t)."""
     return x * (t - (1 - t) * spread**2) / (t**2 + (1 - t) ** 2 * spread**2)

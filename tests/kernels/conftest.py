@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from golden_data import REFERENCE
+from host_cuda import build_host_run
 from kernel_checks import Fp8Cases, bodies
 from musubi_kernels import _native
 from musubi_kernels._backends import missing
@@ -38,3 +40,11 @@ def fp8_cases() -> Fp8Cases:
     folder = REFERENCE / "behaviour"
     rows = json.loads((folder / "fp8_cases.json").read_text())["cases"]
     return Fp8Cases(rows, load_file(folder / "fp8_cases.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def host_run() -> Path:
+    """Where the CUDA kernels are built for the CPU; skips with the reason where they cannot be."""
+    return build_host_run(
+        "host-cuda", ["host_cuda", "host_cuda_tests_80", "host_cuda_tests_89"], "-DCMAKE_BUILD_TYPE=Release"
+    )

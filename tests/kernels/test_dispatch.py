@@ -17,6 +17,7 @@ from musubi_kernels import (
     dequantize_fp8,
     explain,
     fp8_linear,
+    fp8_linear_dynamic,
     fp8_lora_linear,
     fp8_mode,
     lora_linear,
@@ -54,7 +55,6 @@ def test_explain_tells_the_choice_its_sizes_and_every_other_reason(native: None,
 def test_explain_names_what_the_native_body_lacks(native: None, layer: Layer) -> None:
     x, q, scale = layer
     assert "native: not used because it has no torch.float64 body" in explain(fp8_linear, x.double(), q, scale)
-    assert "native: not used because it has no search" in explain(quantize_fp8, torch.ones(2, 64), search="mse")
 
 
 def test_explain_runs_nothing_and_knows_every_function(monkeypatch: pytest.MonkeyPatch, layer: Layer) -> None:
@@ -65,6 +65,7 @@ def test_explain_runs_nothing_and_knows_every_function(monkeypatch: pytest.Monke
         (quantize_fp8, (torch.ones(2, 64),), {}),
         (dequantize_fp8, (q, scale), {}),
         (fp8_linear, layer, {}),
+        (fp8_linear_dynamic, layer, {"kind": "fp8"}),
         (fp8_lora_linear, (*layer, None, *small), {"scale": 1.0}),
         (lora_linear, (x, torch.ones(8, 128), None, *small), {"scale": 1.0}),
     ]
@@ -135,8 +136,10 @@ def test_public_names() -> None:
     assert set(musubi_kernels.__all__) == {
         "backends",
         "dequantize_fp8",
+        "dynamic_error",
         "explain",
         "fp8_linear",
+        "fp8_linear_dynamic",
         "fp8_lora_linear",
         "fp8_mode",
         "lora_linear",
@@ -174,6 +177,7 @@ WRONG = {
     "block": (lambda q, s: quantize_fp8(X, block_size=0), "block_size = 0"),
     "format": (lambda q, s: quantize_fp8(X, fmt="e3m4"), "'e3m4': no such FP8 format; use one of e4m3, e5m2"),
     "search": (lambda q, s: quantize_fp8(X, search="grid"), "'grid': use None"),
+    "kind": (lambda q, s: fp8_linear_dynamic(X, q, s, kind="int4"), r"'int4': no such code .*; use int8, fp8"),
     "double weight": (lambda q, s: quantize_fp8(X.double()), "float64: only bfloat16, float16 and float32"),
     "scale type": (lambda q, s: quantize_fp8(X, scale_dtype=torch.int8), r"scale_dtype = torch.int8"),
     "dtype": (lambda q, s: dequantize_fp8(q, s, dtype=torch.int8), r"dtype = torch.int8: use bfloat16"),

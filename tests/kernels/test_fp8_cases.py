@@ -155,7 +155,7 @@ def test_golden_state_dictionary(body: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "plain", "gain"), [("gauss", 32.0, 1.5), ("t3", 33.6, 1.8), ("columns", 38.8, 3.5)])
-def test_search_gains_over_absmax_scales(kind: str, plain: float, gain: float) -> None:
+def test_search_gains_over_absmax_scales(body: str, kind: str, plain: float, gain: float) -> None:
     generator = torch.Generator().manual_seed(5)
     w = torch.randn(512, 1024, generator=generator)
     if kind == "t3":
@@ -173,3 +173,23 @@ def test_search_gains_over_absmax_scales(kind: str, plain: float, gain: float) -
     before = quality(None)
     assert before == pytest.approx(plain, abs=0.8)
     assert quality("mse") >= before + gain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("mode", "block"), [("block", 64), ("block", 48), ("channel", 64), ("tensor", 64)])
+def test_search_finds_what_the_reference_finds(
+    native: None, monkeypatch: pytest.MonkeyPatch, mode: str, block: int, dtype: torch.dtype
+) -> None:
+    """The error left is the same to 1e-5, the scale is one that was tried, and codes are those of that scale."""
+    w = torch.randn(37, 192, generator=torch.Generator().manual_seed(3))
+    w[5] = 0.0
+    w[:, 7] *= 25.0
+    w = w.to(dtype)
+    for fmt in ("e4m3", "e5m2"):
+        found = []
+        for pin in ("reference", "auto"):
+            monkeypatch.setenv("MUSUBI_KERNELS", pin)
+            q, scale = quantize_fp8(w, mode=mode, block_size=block, fmt=fmt, search="mse")
+            found.append((decoded(q, scale) - w.double()).square().sum())
+        assert found[1] <= found[0] * (1 + 1e-5)
+        assert found[0] <= found[1] * (1 + 1e-5)

@@ -16,16 +16,21 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11
 """The largest relative error of rounding one number."""
 
 
-def allowed(exact: torch.Tensor, dtype: torch.dtype) -> float:
-    """1.5 times the error of rounding the exact result once, 1e-6 in float32.
+def allowed(exact: torch.Tensor, dtype: torch.dtype, body: str) -> float:
+    """The error of rounding the exact result once and 2 % more, 1e-6 in float32.
 
-    A norm over few elements is a poor statistic: a little more below 2,000; below 64 two roundings at their worst.
+    The body that multiplies bf16 pairs rounds scaled weights to bf16 too: a second error of the same size, independent
+    of the first, so 1.41 times in norm. A norm over few elements is a poor statistic: a little more below 2,000; below 64
+    both roundings at their worst.
     """
     if dtype == torch.float32:
         return 1e-6
+    once = relative(exact.to(dtype), exact)
+    if not (body.endswith("avx512bf16") and dtype == torch.bfloat16):
+        return 1.02 * once + 1e-6
     if exact.numel() < 64:
         return 2.1 * ROUNDING[dtype]
-    return (1.5 if exact.numel() > 2000 else 1.7) * relative(exact.to(dtype), exact)
+    return (1.5 if exact.numel() > 2000 else 1.7) * once
 
 
 def made(n: int, k: int, layout: tuple[str, int], seed: int, fmt: str = "e4m3") -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,11 +55,11 @@ def test_linear_and_its_gradients_equal_float64(body: str, size: tuple[int, int,
         y.backward(grad)
         exact = x.detach().double() @ w.T + bias.detach().double()
         assert y.dtype == dtype
-        assert relative(y.detach(), exact) <= allowed(exact, dtype), layout
+        assert relative(y.detach(), exact) <= allowed(exact, dtype, body), layout
         exact_dx = grad.double() @ w
-        assert relative(x.grad, exact_dx) <= allowed(exact_dx, dtype), layout
+        assert relative(x.grad, exact_dx) <= allowed(exact_dx, dtype, body), layout
         exact_db = grad.double().sum(0)
-        assert relative(bias.grad, exact_db) <= allowed(exact_db, dtype), layout
+        assert relative(bias.grad, exact_db) <= allowed(exact_db, dtype, body), layout
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -176,7 +181,7 @@ def test_scales_of_any_dtype_serve_activations_of_any_dtype(body: str, scale_dty
         for dtype in DTYPES:
             x = normal(m, 128, seed=1, dtype=dtype)
             exact = x.double() @ decoded(q, scale).T
-            assert relative(fp8_linear(x, q, scale), exact) <= allowed(exact, dtype)
+            assert relative(fp8_linear(x, q, scale), exact) <= allowed(exact, dtype, body)
 
 
 def test_threads_do_not_change_the_result(native: None) -> None:

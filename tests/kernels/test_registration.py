@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from kernel_checks import relative
-from musubi_kernels import fp8_linear, fp8_lora_linear, lora_linear, quantize_fp8
+from musubi_kernels import fp8_linear, fp8_linear_dynamic, fp8_lora_linear, lora_linear, quantize_fp8
 
 N, K, RANK = 12, 64, 3
 
@@ -33,6 +33,7 @@ def op_calls(dtype: torch.dtype) -> dict[str, tuple[object, ...]]:
         "fp8_quantize": (flat["w"].float(), "block", 32, torch.bfloat16, "e4m3", ""),
         "fp8_dequantize": (t["q"], t["scale"], "e4m3", torch.bfloat16),
         "fp8_linear": (t["x"], t["q"], t["scale"], t["bias"], "e4m3"),
+        "fp8_linear_dynamic": (t["x"], t["q"], t["scale"], t["bias"], "e4m3", "int8"),
         "fp8_linear_dx": (grad.requires_grad_(), t["q"], t["scale"], "e4m3"),
         "fp8_lora_linear": (t["x"], t["q"], t["scale"], t["bias"], t["down"], t["up"], mask, 0.5, "e4m3"),
         "fp8_lora_linear_backward": (grad.detach(), flat["x"], h, t["q"], t["scale"], *low, "e4m3", True),
@@ -76,7 +77,7 @@ def test_native_gradients_equal_the_float64_references(native: None) -> None:
         assert relative(got, want) < 2e-6
 
 
-@pytest.mark.parametrize("which", ["fp8", "fp8_lora", "dense_lora"])
+@pytest.mark.parametrize("which", ["fp8", "fp8_dynamic", "fp8_lora", "dense_lora"])
 def test_compile_sees_one_node_and_gives_eager_gradients(which: str) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
@@ -90,6 +91,8 @@ def test_compile_sees_one_node_and_gives_eager_gradients(which: str) -> None:
     def call(x: torch.Tensor) -> torch.Tensor:
         if which == "fp8":
             return fp8_linear(x, q, t["scale"], t["bias"])
+        if which == "fp8_dynamic":
+            return fp8_linear_dynamic(x, q, t["scale"], t["bias"])
         if which == "fp8_lora":
             return fp8_lora_linear(x, q, t["scale"], t["bias"], t["down"], t["up"], scale=0.7)
         return lora_linear(x, t["w"], t["bias"], t["down"], t["up"], scale=0.7)
@@ -153,6 +156,13 @@ def test_autograd_holds_fp8_bytes_and_scales_only(body: str) -> None:
     branch = held(lambda: fp8_lora_linear(x, q, scale, None, down, up, scale=1.0))
     small = 2 * x.numel() + 2 * m * rank + 4 * (down.numel() + up.numel())
     assert sum(size for size, _ in branch.values()) == weights + small
+
+
+def test_quantised_activations_are_not_held() -> None:
+    q, scale = quantize_fp8(torch.ones(24, 128).bfloat16())
+    x = torch.ones(16, 128).bfloat16().requires_grad_()
+    kept = held(lambda: fp8_linear_dynamic(x, q, scale))
+    assert sum(size for size, _ in kept.values()) == q.numel() + 2 * scale.numel()
 
 
 def test_frozen_inputs_hold_nothing(body: str) -> None:

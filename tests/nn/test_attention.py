@@ -8,6 +8,7 @@ from torch import nn
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.flow import keyed
+from musubi_tuner.nn import attention as attention_module
 from musubi_tuner.nn.attention import LIBRARIES, attention, check_mode, set_mode
 
 
@@ -67,3 +68,31 @@ def test_sdpa_is_always_there():
 def test_a_model_without_the_attribute_cannot_be_told():
     with pytest.raises(TypeError, match="Linear has no attribute attn_mode"):
         set_mode(nn.Linear(1, 1), "sdpa")
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.shows("split_attn")
+def test_samples_of_different_lengths_go_one_by_one_where_asked_or_where_a_library_has_no_mask(split, monkeypatch):
+    """As --split_attn asks."""
+    seen = []
+
+    def body(q, k, v):
+        seen.append((len(q), k.shape[1]))
+        return attention(q.float(), k.float(), v.float()).to(q.dtype)
+
+    monkeypatch.setitem(attention_module._BODIES, "flash", body)
+    monkeypatch.setattr("musubi_tuner.nn.attention.find_spec", lambda name: name)
+    model = nn.Module()
+    model.attn_mode = "sdpa"
+    lengths = torch.tensor([7, 3])
+    for mode, dtype in (("sdpa", torch.float32), ("flash", torch.bfloat16)):
+        set_mode(model, mode, split=split)
+        q, k, v = (x.requires_grad_() for x in qkv(dtype))
+        y = attention(q, k, v, lengths=lengths, mode=model.attn_mode)
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(y.double(), by_formula(q, k, v, lengths), rtol=tolerance, atol=tolerance)
+        y.float().square().sum().backward()
+        assert k.grad[1, 3:].abs().max() == 0
+    assert seen == [(1, 7), (1, 3)]
+    attention(*qkv(torch.bfloat16), mode=model.attn_mode)
+    assert seen[-1] == (2, 7), "without lengths a batch is one call"

@@ -37,6 +37,7 @@ def requests_of(family, *words):
     return generate.make_requests(family, parse(generate.GROUPS, argv, prog="generate", description=""))
 
 
+@pytest.mark.shows("embedded_cfg_scale")
 def test_the_scale_comes_from_the_line_the_option_or_the_task(told, tmp_path):
     (tmp_path / "p.txt").write_text("a --g 2.5\nb --l 4\nc\n", encoding="utf-8")
     lines = ("--from_file", str(tmp_path / "p.txt"))
@@ -75,5 +76,5 @@ def test_previews_tell_it_too(told):
     argv = ["--dit", "d", "--dataset_config", "c", "--output_dir", "o", "--output_name", "n"]
     options = parse(TRAINING, argv, prog="train", description="")
     entries = [parse_line("a --g 3", "line 1"), parse_line("b", "line 2")]
-    found = preview.preview_requests(told.spec, options, entries)
+    found = preview.preview_requests(told, options, entries)
     assert [(r.embedded_guidance, r.guidance) for r in found] == [(3.0, 1.0), (6.0, 1.0)]

@@ -95,6 +95,17 @@ def test_the_task_fills_in_what_is_not_said(world, toy):
     torch.testing.assert_close(latents, expected(toy, request), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.shows(
+    "video_size",
+    "video_length",
+    "fps",
+    "infer_steps",
+    "guidance_scale",
+    "flow_shift",
+    "sample_solver",
+    "negative_prompt",
+    "prompt",
+)
 def test_every_option_reaches_the_request(world, toy):
     words = "--video_size 32 64 --video_length 9 --fps 12 --infer_steps 3 --guidance_scale 2 --flow_shift 4"
     words += " --sample_solver dpm++ --seed 4 --output_type latent --negative_prompt blurry --cfg_batch"
@@ -128,6 +139,7 @@ def test_one_frame_is_a_png_with_its_settings(world, toy):
         ("latent_images", ["", "_latent.safetensors"]),
     ],
 )
+@pytest.mark.shows("output_type", "save_path")
 def test_output_types_write_their_files(world, output_type, suffixes):
     files = world("--prompt", "x", "--seed", "1", "--output_type", output_type)
     stem = files[0].name.removesuffix(".mp4")
@@ -136,6 +148,7 @@ def test_output_types_write_their_files(world, output_type, suffixes):
         assert len(list(files[0].iterdir())) == 5
 
 
+@pytest.mark.shows("from_file")
 def test_a_prompt_file_gives_a_file_per_line_in_one_batch(world, toy, tmp_path):
     prompts = tmp_path / "p.txt"
     prompts.write_text("one --d 1\ntwo words --d 1 --s 2\nthree --d 5 --l 1 --i no.png\n", encoding="utf-8")
@@ -160,6 +173,7 @@ def lora(path, down=0.5, up=0.4, alpha=2.0, name="lora_unet_blocks_0_gain"):
     return path
 
 
+@pytest.mark.shows("lora_weight", "lora_multiplier")
 def test_loras_are_merged_with_their_multipliers_in_turn(world, toy, tmp_path):
     first, second = lora(tmp_path / "a.safetensors"), lora(tmp_path / "b.safetensors", down=-0.3)
     (path,) = world(
@@ -196,6 +210,7 @@ def test_fp8_weights_are_quantised_after_the_merge(world, toy, tmp_path):
     torch.testing.assert_close(latents, expected(toy, Request(**values), gain), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.shows("latent_path", "trim_tail_frames")
 def test_stored_latents_are_decoded_without_the_other_models(world, tmp_path):
     (latent,) = world("--prompt", "x", "--seed", "3", "--output_type", "latent", vae=False)
     world.family.loaded = ()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import parse
 from musubi_tuner.families import registry
 from musubi_tuner.sampling import generate, outputs
@@ -110,6 +111,7 @@ def test_the_prompt_the_seed_and_the_guidance_matter_and_the_batch_does_not(run,
     assert relative(latents_of([p for p in files if "_5_" in p.name]), base) < 1e-4
 
 
+@pytest.mark.shows("fp8")
 def test_fp8_stays_close_and_a_lora_moves_it(run, models, tmp_path):
     words = ("--prompt", "a red seven", "--video_length", "1", "--output_type", "latent")
     exact = latents_of(run(*words, folder="exact"))
@@ -133,3 +135,36 @@ def test_fp8_stays_close_and_a_lora_moves_it(run, models, tmp_path):
     by_hand = latents_of(run(*words, "--dit", tmp_path / "merged.safetensors", folder="by_hand"))
     assert relative(moved, by_hand) < 1e-5
     assert relative(moved, exact) > 1e-3
+
+
+@pytest.mark.shows("compile_args", "attn_mode")
+def test_compiled_blocks_sample_the_same(run, monkeypatch, caplog):
+    """Both spellings, and the old one, reach the transformer; the samples are those of the plain blocks."""
+    from torch._dynamo.utils import counters
+
+    made = []
+    compiler = generate.compile_blocks
+    monkeypatch.setattr(generate, "compile_blocks", lambda *given: made.append(given[2]) or compiler(*given))
+    words = ("--prompt", "a red seven", "--video_length", "1", "--output_type", "latent", "--attn_mode", "torch")
+    plain = latents_of(run(*words, folder="plain"))
+    assert made == []
+    torch.compiler.reset()
+    counters.clear()
+    compiled = latents_of(run(*words, "--compile", "--compile_backend", "eager", "--compile_fullgraph", folder="a"))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    assert relative(compiled, plain) < 1e-5
+    old = ("--compile", "--compile_args", "eager", "max-autotune-no-cudagraphs", "False", "True")
+    with pytest.raises(UserError, match="True or False"):
+        run(*words, *old[:-1], "yes", folder="b")
+    monkeypatch.setattr(generate, "compile_blocks", lambda _dit, _lists, settings: made.append(settings))
+    run(*words, *old, folder="c")
+    run(*words, "--dynamo_backend", "EAGER", folder="d")
+    run(*words, *old[1:], folder="e")
+    assert [(s.backend, s.mode, s.dynamic, s.fullgraph) for s in made] == [
+        ("eager", None, None, True),
+        ("eager", "max-autotune-no-cudagraphs", False, True),
+        ("eager", None, None, False),
+    ]
+    assert "--compile_args has no effect without --compile" in caplog.text
+    torch.compiler.reset()

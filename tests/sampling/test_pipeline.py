@@ -51,7 +51,9 @@ def test_the_negative_prompt_is_the_other_branch(toy):
 
 
 @pytest.mark.parametrize(("kwargs", "calls"), [({}, [1] * 8), ({"joint": True}, [2] * 4)])
+@pytest.mark.shows("split_uncond")
 def test_guidance_takes_two_calls_a_step_or_one_of_twice_the_batch(toy, kwargs, calls):
+    """Two calls, as --split_uncond asks, unless --cfg_batch joins them."""
     dit = toy.Dit()
     (latents,) = sampled(toy, [REQUEST], dit=dit, **kwargs)
     assert dit.seen == calls
@@ -89,7 +91,9 @@ def test_neighbours_do_not_change_a_request(toy, solver, batch):
         torch.testing.assert_close(latents, sampled(toy, [request])[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.shows("cpu_noise")
 def test_the_noise_is_that_of_torchs_cpu_generator(toy):
+    """What --cpu_noise asks for is always so."""
     want = torch.randn(3, 2, 6, 4, generator=torch.Generator().manual_seed(3))
     assert torch.equal(initial_noise(REQUEST, toy.SPEC), want)
 
@@ -173,7 +177,7 @@ def test_guidance_without_a_second_branch_is_refused(toy):
         ({"seed": -1}, "seed = -1: must be 0 to"),
         ({"steps": 0}, "steps = 0: must be 1 to 1000"),
         ({"shift": 0.0}, "flow shift = 0.0: must be above 0"),
-        ({"solver": "ddim"}, r"solver = ddim: must be one of unipc, dpm\+\+, vanilla"),
+        ({"solver": "ddim"}, r"solver = ddim: must be one of unipc, unipc3, dpm\+\+, vanilla"),
     ],
 )
 def test_impossible_requests_are_refused(change, words):

@@ -70,7 +70,7 @@ def stage(tmp_path, toy):
             self.encoded = preview.encode(self.family, options, device=torch.device("cpu"))
             return preview.Previews(
                 self.family, options, self.encoded, self.dit, runtime=LocalRuntime("cpu"),
-                show=lambda tag, pixels, step: self.shown.append((tag, pixels, step)),
+                show=lambda tag, pixels, step, _fps: self.shown.append((tag, pixels, step)),
                 names=Names(tmp_path, "run"), optimizer=self.optimizer,
             )  # fmt: skip
 
@@ -94,6 +94,7 @@ def test_names_are_those_that_scripts_look_for(stage):
     assert len([n for n in stage.files() if re.fullmatch(r"run_e000004_0[01]_\d{14}_\d+\.(png|mp4)", n)]) == 2
 
 
+@pytest.mark.shows("sample_prompts", "sample_at_first", "sample_every_n_epochs", "sample_every_n_steps")
 def test_previews_come_when_asked(stage, monkeypatch):
     def times(*words):
         seen = []
@@ -159,21 +160,21 @@ def test_each_prompt_is_encoded_once_for_all_previews(stage):
     assert sorted(stage.family.encoders.asked) == ["", "a cat", "a dog"]
 
 
-def test_a_prompt_without_a_seed_keeps_one_and_another_line_another(stage, toy):
+def test_a_prompt_without_a_seed_keeps_one_and_another_line_another(stage):
     entries = [preview.PromptEntry("x", "p.txt line 1"), preview.PromptEntry("x", "p.txt line 2")]
     options = stage.options()
-    first, second = preview.preview_requests(toy.SPEC, options, entries)
-    again = preview.preview_requests(toy.SPEC, options, entries)
+    first, second = preview.preview_requests(stage.family, options, entries)
+    again = preview.preview_requests(stage.family, options, entries)
     assert first.seed != second.seed
     assert again == (first, second)
     assert (first.width, first.height, first.frames, first.steps) == (256, 256, 1, 20)
     assert (first.guidance, first.shift, first.fps, first.solver) == (3.0, 2.0, 8, "unipc")
 
 
-def test_sizes_off_the_grid_are_rounded_down_with_a_warning(stage, toy, caplog):
+def test_sizes_off_the_grid_are_rounded_down_with_a_warning(stage, caplog):
     with caplog.at_level(logging.WARNING):
         (request,) = preview.preview_requests(
-            toy.SPEC, stage.options(), [preview.PromptEntry("x", "p.txt line 1", width=100, height=63, frames=8)]
+            stage.family, stage.options(), [preview.PromptEntry("x", "p.txt line 1", width=100, height=63, frames=8)]
         )
     assert (request.width, request.height, request.frames) == (96, 48, 5)
     assert "p.txt line 1: 100 x 63, 8 frames does not fit" in caplog.text

@@ -9,7 +9,7 @@ import torch
 
 from musubi_tuner.data.batches import Batch
 from musubi_tuner.flow.strata import strata, stratified
-from musubi_tuner.flow.timesteps import TimestepShape, distribution
+from musubi_tuner.flow.timesteps import TimestepShape, distribution, restrict
 from musubi_tuner.training.draws import Buckets, KeyedDraws
 
 CASES = json.loads((Path(__file__).parents[1] / "data/reference/behaviour/timestep_buckets.json").read_text())["cases"]
@@ -87,3 +87,34 @@ def test_items_beyond_the_pool_are_the_caller_s_fault():
         KeyedDraws(3, buckets=Buckets.of(2, [0] * 5)).t(batch((5,)))
     with pytest.raises(ValueError, match="at least 1"):
         strata(0, 2, "none")
+
+
+@pytest.mark.parametrize("buckets", [None, 5])
+def test_a_batch_of_two_experts_lies_on_one_side_and_each_side_keeps_its_distribution(buckets):
+    """Batches of two: the first item decides as often as its mass says, and the second follows the truncation."""
+    from scipy.stats import kstest
+
+    of = distribution("shift", (1, 1, 2, 2), TimestepShape(shift=3.0))
+    count, edge = 4000, 0.875
+    strata_of = Buckets.of(buckets, [0] * count)
+    draws = KeyedDraws(5, lambda _shape: of, buckets=strata_of, boundary=edge)
+    pairs = torch.stack([draws.t(batch((i, i + 1))) for i in range(0, count, 2)])
+    high = pairs >= edge
+    assert torch.equal(high[:, 0], high[:, 1])
+    mass = 1 - float(of.cdf(torch.tensor(edge)))
+    assert float(high[:, 0].double().mean()) == pytest.approx(mass, abs=0.03)
+    alone = KeyedDraws(5, lambda _shape: of, buckets=strata_of)
+    torch.testing.assert_close(pairs[:, 0], alone.t(batch(tuple(range(0, count, 2)))), rtol=1e-14, atol=0)
+    for side, low, top in ((high[:, 1], edge, 1.0), (~high[:, 1], 0.0, edge)):
+        cut = restrict(of, low, top)
+        found = kstest(pairs[side, 1].numpy(), lambda x, cut=cut: cut.cdf(torch.from_numpy(x)).numpy())
+        assert found.pvalue > 1e-3, found
+
+
+def test_the_side_of_a_grid_of_levels_ends_below_the_boundary():
+    of = distribution("sigma", (1, 1, 2, 2), TimestepShape())
+    draws = KeyedDraws(5, lambda _shape: of, boundary=0.9)
+    for start in range(0, 400, 4):
+        t = draws.t(batch(tuple(range(start, start + 4))))
+        assert len(set((t >= 0.9).tolist())) == 1
+        assert torch.equal(t, torch.round(t * 1000) / 1000)

@@ -27,7 +27,7 @@ OTHER_DEFAULTS = {
 OWN = {"allow_prequantized", "attn_mode", "full_finetune", "model_config", "strict_cache", "t5_tokenizer"}
 OWN |= {"timestep_offset", "fp8_mode", "fp8_block_size", "fp8_format", "fp8_exclude", "fp8_report", "initial_step"}
 OWN |= {"reset_counters"}
-OWN |= {"initial_step", "reset_counters"}
+OWN |= {"dit_dtype", "full_bf16", "full_fp16", "trainable_modules"}  # of other established scripts
 REQUIRED = ["--dit", "a.safetensors", "--dataset_config", "d.toml", "--output_dir", "o", "--output_name", "n"]
 
 
@@ -55,11 +55,12 @@ def test_choices_are_those_of_the_page():
         assert set(OURS[name].declared.choices) == set(ESTABLISHED[name]["choices"])
 
 
+@pytest.mark.shows("attn_mode", "sdpa", "flash_attn", "flash3", "xformers")
 def test_attention_flags_are_short_for_attn_mode():
     from musubi_tuner.training.config import ModelOptions
 
-    for flag, mode in (("--sdpa", "sdpa"), ("--flash_attn", "flash"), ("--xformers", "xformers")):
-        assert parsed(flag)[ModelOptions].attn_mode == mode
+    for flag, mode in (("sdpa", "sdpa"), ("flash_attn", "flash"), ("flash3", "flash3"), ("xformers", "xformers")):
+        assert parsed(f"--{flag}")[ModelOptions].attn_mode == mode
     assert parsed()[ModelOptions].attn_mode == "sdpa"
 
 

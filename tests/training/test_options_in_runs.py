@@ -43,6 +43,7 @@ def rows_of(path: Path) -> dict[str, tuple[float, float, int]]:
     return {name: (float(error), float(db), int(saved)) for name, error, db, saved in lines[1:]}
 
 
+@pytest.mark.shows("fp8_base", "fp8_scaled", "fp8_mode", "fp8_block_size", "fp8_format", "fp8_exclude", "fp8_report")
 def test_the_fp8_report_ranks_formats_and_leaves_out_what_is_excluded(place, tmp_path, caplog):
     """e4m3 beats e5m2 by its extra bit, small blocks beat whole tensors, and a plain cast is no better than blocks."""
     mean = {}
@@ -67,6 +68,7 @@ def test_the_fp8_report_ranks_formats_and_leaves_out_what_is_excluded(place, tmp
     assert not [name for name in rows_of(tmp_path / "less/study-fp8.tsv") if "ffn" in name or "blocks.1." in name]
 
 
+@pytest.mark.shows("allow_prequantized")
 def test_fp8_checkpoints_of_others_need_a_word(place, tmp_path):
     state = load_file(place / "dit.safetensors")
     with safe_open(place / "dit.safetensors", "pt") as file:
@@ -80,6 +82,7 @@ def test_fp8_checkpoints_of_others_need_a_word(place, tmp_path):
     train(place, tmp_path / "b", *words, "--allow_prequantized")
 
 
+@pytest.mark.shows("scale_weight_norms")
 def test_norms_stay_below_the_limit_and_are_logged(place, tmp_path):
     words = ["--scale_weight_norms", "0.05", "--learning_rate", "0.1", "--logging_dir", str(tmp_path / "log")]
     tensors = train(place, tmp_path / "out", *words)
@@ -94,6 +97,7 @@ def test_norms_stay_below_the_limit_and_are_logged(place, tmp_path):
     assert found.Scalars("max_norm/average_key_norm")[-1].value == pytest.approx(sum(norms) / len(norms), rel=1e-4)
 
 
+@pytest.mark.shows("dim_from_weights")
 def test_ranks_come_from_the_file_module_by_module(place, tmp_path):
     first = train(place, tmp_path / "one", "--network_dim", "4", "--network_args", "include_patterns=.*ffn.*")
     mixed = dict(first)
@@ -111,6 +115,7 @@ def test_ranks_come_from_the_file_module_by_module(place, tmp_path):
         train(place, tmp_path / "three", *words, "--network_dim", "16")
 
 
+@pytest.mark.shows("base_weights", "base_weights_multiplier")
 def test_base_weights_change_what_the_adapter_learns_on(place, tmp_path):
     first = train(place, tmp_path / "one", "--max_train_steps", "6", "--learning_rate", "0.05")
     file = str(tmp_path / "one/study.safetensors")
@@ -158,17 +163,39 @@ def test_adafactor_sets_its_own_rate_unless_told_otherwise(place, tmp_path, capl
     assert [e.value for e in scalars(tmp_path / "log").Scalars("lr/unet")] == pytest.approx([1e-3, 5e-4])
 
 
-def test_adamw8bit_is_there_or_told(place, tmp_path):
-    try:
-        import bitsandbytes  # noqa: F401  # whether it is installed decides what is expected
-    except ImportError:
-        with pytest.raises(UserError, match="bitsandbytes is not installed; `pip install` it"):
-            train(place, tmp_path, "--optimizer_type", "AdamW8bit")
-    else:
+def test_adamw8bit_that_is_missing_is_told(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("musubi_tuner.optim.build._packages", lambda: frozenset({"torch"}))
+    with pytest.raises(UserError, match="bitsandbytes is not installed; `pip install` it"):
         train(place, tmp_path, "--optimizer_type", "AdamW8bit")
-        assert "AdamW8bit" in metadata(tmp_path)["ss_optimizer"]
 
 
+def test_adamw8bit_keeps_its_moments_in_8_bits_learns_as_adamw_and_goes_on_from_a_state(place, tmp_path, monkeypatch):
+    """Tensors of 4096 values and more have 8-bit moments; the run that a state cuts in two ends as the whole one."""
+    pytest.importorskip("bitsandbytes", reason="made for Linux on x86-64 alone")
+    kept = {}
+    whole = run.train
+
+    def noting(step, *rest, **more):
+        kept["optimizer"] = step.optimizer
+        return whole(step, *rest, **more)
+
+    monkeypatch.setattr(run, "train", noting)
+    words = ["--network_dim", "64", "--max_train_steps", "4", "--max_grad_norm", "0"]
+    plain = train(place, tmp_path / "plain", *words)
+    bits = [*words, "--optimizer_type", "AdamW8bit"]
+    tensors = train(place, tmp_path / "bits", *bits)
+    assert metadata(tmp_path / "bits")["ss_optimizer"] == "bitsandbytes.optim.adamw.AdamW8bit"
+    moments = [state["state1"] for state in kept["optimizer"].state.values()]
+    assert {m.dtype for m in moments if m.numel() >= 4096} == {torch.uint8}
+    moved = torch.cat([t.flatten() for key, t in plain.items() if "lora_up" in key])
+    found = torch.cat([t.flatten() for key, t in tensors.items() if "lora_up" in key])
+    assert 0 < float((found - moved).norm() / moved.norm()) < 0.2
+    train(place, tmp_path / "cut", *bits, "--max_train_steps", "2", "--save_state_on_train_end")
+    again = train(place, tmp_path / "cut", *bits, "--resume", str(tmp_path / "cut/study-state"))
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.shows("lr_scheduler_type")
 def test_a_scheduler_class_sets_the_rate(place, tmp_path):
     words = ["--lr_scheduler_type", "torch.optim.lr_scheduler.ExponentialLR", "--lr_scheduler_args", "gamma=0.5"]
     log = ["--logging_dir", str(tmp_path / "log"), "--learning_rate", "1e-3", "--max_train_steps", "3"]

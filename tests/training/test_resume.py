@@ -56,6 +56,7 @@ CASES = {
 
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")  # torch's, from its own first step
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.shows("resume")
 def test_a_resumed_run_equals_the_uninterrupted_one(place, tmp_path, name):
     """Losses, averages, every later file and the last one, to the bit."""
     step, words = CASES[name][0], CASES[name][1].split()

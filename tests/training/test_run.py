@@ -58,6 +58,7 @@ def lora(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         return load_file(path), file.metadata()
 
 
+@pytest.mark.shows("output_dir", "output_name", "dit", "dataset_config", "save_every_n_epochs", "save_every_n_steps")
 def test_a_run_leaves_the_established_files(place, tmp_path, caplog):
     """Names of epoch, step and final files; the final one continues from the same weights as the last step."""
     words = ["--network_dim", "3", "--network_alpha", "2", "--learning_rate", "1e-2", "--max_train_epochs", "3"]
@@ -82,6 +83,7 @@ def test_a_run_leaves_the_established_files(place, tmp_path, caplog):
     assert "caches in" in caplog.text
 
 
+@pytest.mark.shows("seed")
 def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(place, tmp_path):
     files = []
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
@@ -105,6 +107,7 @@ def test_checkpointing_and_offloading_change_no_bit(place, tmp_path):
         assert all(torch.equal(files[0][key], other[key]) for key in files[0])
 
 
+@pytest.mark.shows("training_comment", "no_metadata")
 def test_metadata_of_a_lora_file_has_the_established_keys(place, tmp_path):
     listed = json.loads((Path(__file__).parents[1] / "data/reference/lora/metadata_keys.json").read_text())
     words = ["--max_train_steps", "1", "--network_args", "exclude_patterns=[r'.*ffn.*']", "--training_comment", "a b"]
@@ -129,6 +132,7 @@ def test_metadata_of_a_lora_file_has_the_established_keys(place, tmp_path):
     assert {key for key in least if key.startswith("ss_")} == set(listed["minimum"])
 
 
+@pytest.mark.shows("network_weights")
 def test_a_run_goes_on_from_network_weights(place, tmp_path):
     """Rank and alpha come from the file; a rate of next to nothing leaves its weights."""
     first = ["--max_train_steps", "3", "--learning_rate", "1e-2", "--network_dim", "5", "--network_alpha", "2"]
@@ -144,6 +148,7 @@ def test_a_run_goes_on_from_network_weights(place, tmp_path):
         run.run(FAMILY, options_of(place, tmp_path / "three", *more, "--network_dim", "2"))
 
 
+@pytest.mark.shows("full_finetune")
 def test_full_fine_tuning_saves_the_checkpoint_s_own_layout(place, tmp_path):
     words = ["--full_finetune", "--max_train_steps", "3", "--learning_rate", "1e-3"]
     run.run(FAMILY, options_of(place, tmp_path, *words))
@@ -157,6 +162,7 @@ def test_full_fine_tuning_saves_the_checkpoint_s_own_layout(place, tmp_path):
     run.run(FAMILY, again)
 
 
+@pytest.mark.shows("logging_dir", "log_prefix", "log_config")
 def test_tensorboard_has_the_frozen_tags(place, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

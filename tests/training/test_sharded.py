@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -76,8 +77,9 @@ def test_the_losses_are_those_of_one_process_with_the_joint_batch(one, pair):
 
 def test_each_process_holds_half(pair):
     log = (pair / "log.txt").read_text()
-    told = next(line for line in log.splitlines() if "training all" in line)
-    count, here = (int(word.replace(",", "")) for word in (told.split()[-6], told.split()[-4]))
+    told = re.search(r"training ([\d,]+) parameters, ([\d,]+) of them here", log)
+    assert told is not None, log
+    count, here = (int(number.replace(",", "")) for number in told.groups())
     assert 0.5 * count <= here < 0.52 * count, told
 
 

@@ -50,6 +50,7 @@ def test_console_prints_a_bar_for_each_range_and_reads_no_model(tmp_path, caplog
     assert "sigmoid" in caplog.text
 
 
+@pytest.mark.shows("show_timesteps")
 def test_image_is_a_picture_whose_path_is_told(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run.run(FAMILY, options(tmp_path, "--show_timesteps", "image", "--timestep_sampling", "shift"))

@@ -83,6 +83,7 @@ def test_rotation_keeps_what_the_options_say(rule, kept_epochs, kept_steps):
     assert (epochs, steps) == (kept_epochs, kept_steps)
 
 
+@pytest.mark.shows("save_last_n_steps_state", "save_last_n_steps")
 def test_states_have_rotation_of_their_own_or_follow_the_files():
     groups = (StateOptions,)
     words = ["--save_last_n_epochs", "4", "--save_last_n_steps", "30", "--save_last_n_steps_state", "10"]
@@ -91,6 +92,7 @@ def test_states_have_rotation_of_their_own_or_follow_the_files():
     assert (rule.old_step(50), rule.old_step(50, state=True)) == (10, 30)
 
 
+@pytest.mark.shows("save_state", "save_last_n_epochs", "save_last_n_epochs_state")
 def test_old_files_and_states_are_gone_at_the_end_of_a_run(place, tmp_path):
     words = ["--max_train_epochs", "4", "--save_every_n_epochs", "1", "--save_every_n_steps", "2", "--save_state"]
     words += ["--save_last_n_epochs", "2", "--save_last_n_epochs_state", "1", "--save_last_n_steps", "4"]
@@ -102,6 +104,7 @@ def test_old_files_and_states_are_gone_at_the_end_of_a_run(place, tmp_path):
     assert names == sorted(["losses.txt", *folders, *(f"{name}.safetensors" for name in files)])
 
 
+@pytest.mark.shows("save_state_on_train_end")
 def test_a_state_at_the_end_alone(place, tmp_path):
     train_noting_losses(place, tmp_path, "--max_train_steps", "2", "--save_state_on_train_end")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["losses.txt", "study-state", "study.safetensors"]
@@ -131,6 +134,7 @@ def test_another_learning_rate_is_told_recorded_and_used(place, whole, tmp_path,
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
+@pytest.mark.shows("reset_counters", "initial_step")
 def test_counters_reset_and_initial_step(place, whole, tmp_path, caplog):
     resume = ("--resume", str(state_of(whole, 4)))
     again = train_noting_losses(place, tmp_path / "again", "--max_train_steps", "2", *resume, "--reset_counters")

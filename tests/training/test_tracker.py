@@ -1,5 +1,6 @@
 """Boards: the frozen tags on each, what is asked for where, and no key in anything that is written."""
 
+import io
 import logging
 import sys
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from musubi_tuner.config.errors import UserError
@@ -31,7 +33,8 @@ def record(step: int) -> StepRecord:
 def fed(tracker: Tracker) -> None:
     tracker.start(State())
     tracker.step_end(record(1))
-    tracker.show("sample/0", torch.full((3, 16, 8, 8), 0.5), 1)
+    tracker.show("sample/0", torch.full((3, 1, 8, 24), 0.5), 1, 16)
+    tracker.show("sample/1", torch.linspace(0, 1, 5).view(1, 5, 1, 1).expand(3, 5, 8, 8), 1, 10)
     tracker.step_end(record(2))
     tracker.epoch_end(EpochRecord(1, 2, 0.375, True))
     tracker.finish(State())
@@ -43,7 +46,7 @@ def events(folder: Path) -> EventAccumulator:
     return found
 
 
-def test_tensorboard_gets_numbers_rates_of_every_group_and_strips(tmp_path):
+def test_tensorboard_gets_numbers_rates_of_every_group_pictures_and_clips(tmp_path):
     meters = Meters()
     meters.losses(torch.tensor([0.1, 0.9, 0.95]), torch.tensor([1.0, 2.0, 4.0]))
     tracker = open_tracker(parsed("--logging_dir", str(tmp_path), "--log_tracker_name", "mine"), meters.read)
@@ -56,7 +59,11 @@ def test_tensorboard_gets_numbers_rates_of_every_group_and_strips(tmp_path):
     assert found.Scalars("loss/epoch")[0].step == 1
     assert found.Scalars("memory/peak_gib")[0].value > 0.01
     image = found.Images("sample/0")[0]
-    assert (image.width, image.height) == (64, 8)  # 8 of 16 frames
+    assert (image.width, image.height) == (24, 8)
+    with Image.open(io.BytesIO(found.Images("sample/1")[0].encoded_image_string)) as clip:
+        assert (clip.format, clip.n_frames, clip.size, clip.info["duration"]) == ("GIF", 5, (8, 8), 100)
+        clip.seek(4)
+        assert clip.convert("RGB").getpixel((3, 3)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +86,7 @@ def recorded(run: Path) -> bytes:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb")  # its own use of pydantic and protobuf
+@pytest.mark.shows("log_with", "log_tracker_name", "wandb_run_name", "wandb_api_key")
 def test_wandb_runs_offline_and_keeps_the_key_to_itself(tmp_path, monkeypatch, caplog, capfd):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -98,6 +106,7 @@ def test_wandb_runs_offline_and_keeps_the_key_to_itself(tmp_path, monkeypatch, c
         time.sleep(0.2)
     assert [text for text in wanted if text not in recorded(run)] == []
     assert list(run.glob("files/media/images/**/*.png"))
+    assert list(run.glob("files/media/videos/**/*.gif"))
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in written if KEY.encode() in path.read_bytes()]
     told = capfd.readouterr()
@@ -112,6 +121,7 @@ def test_wandb_that_is_missing_is_told(monkeypatch):
         open_tracker(parsed("--log_with", "wandb"))
 
 
+@pytest.mark.shows("log_tracker_config")
 def test_tracker_arguments_come_from_a_file(tmp_path):
     file = tmp_path / "t.toml"
     file.write_text('[tensorboard]\nflush_secs = 7\n[wandb]\nentity = "we"\ntags = ["a"]\n')

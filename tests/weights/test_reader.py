@@ -57,6 +57,19 @@ def test_every_dtype_and_shape_reads_back_to_the_bit(tmp_path: Path) -> None:
             assert bits(got) == bits(tensor)
 
 
+@pytest.mark.shows("disable_numpy_memmap")
+def test_a_file_is_read_and_never_mapped(tmp_path: Path) -> None:
+    """What --disable_numpy_memmap asks for is always so."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the system does not list a process's mappings")
+    save_file({"w": torch.ones(512, 512)}, tmp_path / "m.safetensors")
+    with open_checkpoint(tmp_path / "m.safetensors") as checkpoint:
+        tensor = checkpoint.read("w")
+        assert "m.safetensors" not in maps.read_text()
+    assert float(tensor.sum()) == 512 * 512
+
+
 @pytest.mark.parametrize("rows", [slice(0, 2), slice(1, 4), slice(3, None), slice(5, 9), slice(None)])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_rows_are_the_rows_of_the_whole(tmp_path: Path, rows: slice, suffix: str) -> None:

@@ -41,26 +41,13 @@ inline float scale_at(const Fp8Rows& w, int64_t n, int64_t b) {
   return Vec::one(w.scale, w.scale_dtype, n * w.scale_row + b * w.scale_block);
 }
 
-// out[0 .. count) = float(codes) * scale
-inline void decode_run(const uint8_t* codes, int64_t count, float scale, Format format, float* out) {
-  const auto factor = Vec::set1(scale);
-  int64_t i = 0;
-  for (; i + Vec::W <= count; i += Vec::W) Vec::store(out + i, Vec::mul(Vec::decode(codes + i, format), factor));
-  if (i == count) return;
-  uint8_t few[Vec::W] = {};
-  float wide[Vec::W];
-  copy_bytes(few, codes + i, count - i);
-  Vec::store(wide, Vec::mul(Vec::decode(few, format), factor));
-  for (int64_t j = i; j < count; ++j) out[j] = wide[j - i];
-}
-
 // out[0 .. k1 - k0) = row n of the weight from k0 to k1, each code times its scale.
-inline void decode_row(const Fp8Rows& w, int64_t n, int64_t k0, int64_t k1, float* out) {
+inline void decode_row(const Fp8Rows& w, const Codes& codes, int64_t n, int64_t k0, int64_t k1, float* out) {
   const uint8_t* row = w.codes + n * w.stride;
   int64_t b = k0 / w.block;  // one division per row: it costs more than decoding a block
   for (int64_t k = k0; k < k1; ++b) {
     const int64_t end = least(k1, (b + 1) * w.block);
-    decode_run(row + k, end - k, scale_at(w, n, b), w.format, out + (k - k0));
+    codes.floats(row + k, end - k, scale_at(w, n, b), out + (k - k0));
     k = end;
   }
 }
@@ -83,13 +70,15 @@ struct FloatKernel {
   // panel[j * stride + unit]: rows j0 .. of W from contraction c0.
   static void fill_forward(const Fp8Rows& w, int64_t j0, int64_t jn, int64_t c0, int64_t cn, float* panel,
                            int64_t stride) {
-    for (int64_t j = 0; j < jn; ++j) decode_row(w, j0 + j, c0, c0 + cn, panel + j * stride);
+    const Codes codes(w.format);
+    for (int64_t j = 0; j < jn; ++j) decode_row(w, codes, j0 + j, c0, c0 + cn, panel + j * stride);
   }
 
   // panel[unit * stride + j]: columns j0 .. of W from row c0.
   static void fill_gradient(const Fp8Rows& w, int64_t j0, int64_t jn, int64_t c0, int64_t cn, float* panel,
                             int64_t stride) {
-    for (int64_t c = 0; c < cn; ++c) decode_row(w, c0 + c, j0, j0 + jn, panel + c * stride);
+    const Codes codes(w.format);
+    for (int64_t c = 0; c < cn; ++c) decode_row(w, codes, c0 + c, j0, j0 + jn, panel + c * stride);
   }
 
   static void fill_forward_tail(const Rows& up, float strength, int64_t j0, int64_t jn, float* panel, int64_t stride) {
@@ -367,77 +356,6 @@ class Multiply {
   int64_t wide_ = 0;
   float* packed_ = nullptr;
 };
-
-// The forward for few rows in float32: a decoded row of W meets every row of x; nothing is packed but x as floats.
-constexpr int64_t kFewRows = 4;
-constexpr int64_t kRowsPerChunk = 64;
-
-inline float dot(const float* a, const float* b, int64_t count) {
-  auto s0 = Vec::zero(), s1 = Vec::zero(), s2 = Vec::zero(), s3 = Vec::zero();
-  int64_t i = 0;
-  for (; i + 4 * Vec::W <= count; i += 4 * Vec::W) {
-    s0 = Vec::fma(Vec::load(a + i), Vec::load(b + i), s0);
-    s1 = Vec::fma(Vec::load(a + i + Vec::W), Vec::load(b + i + Vec::W), s1);
-    s2 = Vec::fma(Vec::load(a + i + 2 * Vec::W), Vec::load(b + i + 2 * Vec::W), s2);
-    s3 = Vec::fma(Vec::load(a + i + 3 * Vec::W), Vec::load(b + i + 3 * Vec::W), s3);
-  }
-  for (; i + Vec::W <= count; i += Vec::W) s0 = Vec::fma(Vec::load(a + i), Vec::load(b + i), s0);
-  float total = Vec::sum(Vec::add(Vec::add(s0, s1), Vec::add(s2, s3)));
-  for (; i < count; ++i) total += a[i] * b[i];
-  return total;
-}
-
-// sums [M][kRowsPerChunk] of outputs j0 .. j0 + jn, plus bias and low-rank tail, to out. `low`: its rows as floats.
-inline void finish_few(const LinearTask& task, const float* low, int64_t j0, int64_t jn, float* sums) {
-  const int64_t rank = low == nullptr ? 0 : task.low.cols, outputs = task.outputs();
-  float bias[kRowsPerChunk] = {};
-  if (task.bias.data != nullptr) read_row(task.bias, 0, j0, jn, bias);
-  float* const up = static_cast<float*>(scratch(Slot::panel, (rank + Vec::W) * 4));
-  for (int64_t j = 0; rank > 0 && j < jn; ++j) {
-    read_row(task.tail, j0 + j, 0, rank, up);
-    for (int64_t m = 0; m < task.x.rows; ++m)
-      sums[m * kRowsPerChunk + j] += task.strength * dot(low + m * rank, up, rank);
-  }
-  const int64_t bytes = size_of(task.out_dtype);
-  for (int64_t m = 0; m < task.x.rows; ++m) {
-    char* const out = static_cast<char*>(task.out) + (m * outputs + j0) * bytes;
-    alignas(64) char wide[4 * kRowsPerChunk];
-    for (int64_t j = 0; j < kRowsPerChunk; j += Vec::W) {
-      const auto sum = Vec::add(Vec::load(sums + m * kRowsPerChunk + j), Vec::load(bias + j));
-      Vec::store_as(wide, task.out_dtype, j, sum);
-    }
-    std::memcpy(out, wide, static_cast<size_t>(jn * bytes));
-  }
-}
-
-inline const float* floats_of(const Rows& m, float* to) {
-  if (m.data == nullptr) return nullptr;
-  for (int64_t i = 0; i < m.rows; ++i) read_row(m, i, 0, m.cols, to + i * m.cols);
-  return to;
-}
-
-inline void linear_few_rows(const LinearTask& task) {
-  const int64_t m = task.x.rows, k = task.x.cols, n = task.w.rows;
-  const int64_t rank = task.low.data == nullptr ? 0 : task.low.cols;
-  float* const held = static_cast<float*>(scratch(Slot::packed, (m * (k + rank) + 1) * 4));
-  const float* const x = floats_of(task.x, held);
-  const float* const low = floats_of(task.low, held + m * k);
-  parallel_chunks((n + kRowsPerChunk - 1) / kRowsPerChunk, task.threads, [&](int64_t chunk) {
-    const int64_t j0 = chunk * kRowsPerChunk, jn = least(kRowsPerChunk, n - j0);
-    float* const row = static_cast<float*>(scratch(Slot::rows, k * 4 + 4));
-    float sums[kFewRows * kRowsPerChunk] = {};
-    for (int64_t j = 0; j < jn; ++j) {
-      decode_row(task.w, j0 + j, 0, k, row);
-      for (int64_t i = 0; i < m; ++i) sums[i * kRowsPerChunk + j] = dot(x + i * k, row, k);
-    }
-    finish_few(task, low, j0, jn, sums);
-  });
-}
-
-inline void linear_in_floats(const LinearTask& task) {
-  if (!task.transposed && task.x.rows <= kFewRows) return linear_few_rows(task);
-  Multiply<FloatKernel>(task).run();
-}
 
 }  // namespace
 }  // namespace MUSUBI_ISA

@@ -9,6 +9,8 @@ LinearKernel linear_kernel(Isa isa) {
       return avx2::linear;
     case Isa::avx512:
       return avx512::linear;
+    case Isa::avx512vbmi:
+      return avx512vbmi::linear;
     case Isa::avx512bf16:
       return avx512bf16::linear;
 #endif

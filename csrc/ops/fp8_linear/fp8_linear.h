@@ -38,6 +38,9 @@ void linear(const LinearTask& task);
 namespace avx512 {
 void linear(const LinearTask& task);
 }
+namespace avx512vbmi {
+void linear(const LinearTask& task);
+}
 namespace avx512bf16 {
 void linear(const LinearTask& task);
 }

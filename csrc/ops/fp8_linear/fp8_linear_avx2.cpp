@@ -1,18 +1,22 @@
 // The avx2 build of the product.
 #define MUSUBI_ISA avx2
+// clang-format off: the decoder is written over the vector
 #include "common/vec_avx2.h"
+#include "common/decode_vec.h"
+// clang-format on
 
 namespace musubi {
 namespace MUSUBI_ISA {
 // Registers: vectors of rows per tile, and outputs that go with 1, 2 and kMaxVectors of them.
 constexpr int kMaxVectors = 2;
+constexpr int kFewOutputs = 8;  // rows of W that few rows of x meet at once
 constexpr int kOutputs1 = 12;
 constexpr int kOutputs2 = 6;
 constexpr int kOutputs3 = 6;
 }  // namespace MUSUBI_ISA
 }  // namespace musubi
 
-#include "ops/fp8_linear/fp8_linear-inl.h"
+#include "ops/fp8_linear/fp8_linear_few-inl.h"
 
 namespace musubi {
 namespace MUSUBI_ISA {

@@ -1,18 +1,22 @@
 // The avx512 build of the product.
 #define MUSUBI_ISA avx512
+// clang-format off: the decoder is written over the vector
 #include "common/vec_avx512.h"
+#include "common/decode_vec.h"
+// clang-format on
 
 namespace musubi {
 namespace MUSUBI_ISA {
 // Registers: vectors of rows per tile, and outputs that go with 1, 2 and kMaxVectors of them.
 constexpr int kMaxVectors = 3;
+constexpr int kFewOutputs = 8;  // rows of W that few rows of x meet at once
 constexpr int kOutputs1 = 24;
 constexpr int kOutputs2 = 12;
 constexpr int kOutputs3 = 8;
 }  // namespace MUSUBI_ISA
 }  // namespace musubi
 
-#include "ops/fp8_linear/fp8_linear-inl.h"
+#include "ops/fp8_linear/fp8_linear_few-inl.h"
 
 namespace musubi {
 namespace MUSUBI_ISA {

@@ -1,23 +1,26 @@
 // The AVX-512 build with BF16 and VBMI: bf16 activations multiply in bf16 pairs with float32 sums.
 //
 // A code becomes bf16 by two table look-ups of seven bits (upper and lower byte) and its sign bit: exact for every
-// code, denormals and NaN too, in both formats. Up to kFewPairRows rows of x take the dot form, where a block's
-// partial sum meets its scale in float32; more rows take the panel, whose weights are scaled and rounded to bf16.
+// code, denormals and NaN too, in both formats. Up to 16 rows of x take the form in which a block's partial sum meets
+// its scale in float32; more rows take the panel, whose weights are scaled and rounded to bf16.
 #define MUSUBI_ISA avx512bf16
-#include "common/decode_vbmi.h"
+// clang-format off: the decoder is written over the vector
 #include "common/vec_avx512.h"
+#include "common/decode_vbmi.h"
+// clang-format on
 
 namespace musubi {
 namespace MUSUBI_ISA {
 // Registers: vectors of rows per tile, and outputs that go with 1, 2 and kMaxVectors of them.
 constexpr int kMaxVectors = 3;
+constexpr int kFewOutputs = 8;  // rows of W that few rows of x meet at once
 constexpr int kOutputs1 = 24;
 constexpr int kOutputs2 = 12;
 constexpr int kOutputs3 = 8;
 }  // namespace MUSUBI_ISA
 }  // namespace musubi
 
-#include "ops/fp8_linear/fp8_linear-inl.h"
+#include "ops/fp8_linear/fp8_linear_few-inl.h"
 
 namespace musubi {
 namespace MUSUBI_ISA {
@@ -248,139 +251,46 @@ struct PairKernel {
                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 };
 
-// The dot form: R rows of W meet M rows of x; `scales` holds the rows' scales as floats, one per block.
-template <int M, int R>
-void dot_rows(const LinearTask& task, const Decoder& decoder, int64_t j, const float* scales, int64_t blocks,
-              float* sums) {
-  const Fp8Rows& w = task.w;
-  const uint8_t* codes[R];
-  const uint16_t* x[M];
-  MUSUBI_UNROLL
-  for (int r = 0; r < R; ++r) codes[r] = w.codes + (j + r) * w.stride;
-  MUSUBI_UNROLL
-  for (int m = 0; m < M; ++m) x[m] = static_cast<const uint16_t*>(task.x.data) + m * task.x.stride;
-  __m512 acc[M][R];
-  MUSUBI_UNROLL
-  for (int m = 0; m < M; ++m) {
-    MUSUBI_UNROLL
-    for (int r = 0; r < R; ++r) acc[m][r] = _mm512_setzero_ps();
-  }
-  for (int64_t b = 0; b < blocks; ++b) {
-    __m512 part[M][R];
-    MUSUBI_UNROLL
-    for (int m = 0; m < M; ++m) {
-      MUSUBI_UNROLL
-      for (int r = 0; r < R; ++r) part[m][r] = _mm512_setzero_ps();
-    }
-    const int64_t end = (b + 1) * w.block;
-    int64_t k = b * w.block;
-    for (; k + 64 <= end; k += 64) {
-      MUSUBI_UNROLL
-      for (int r = 0; r < R; ++r) {
-        __m512i lo, hi;
-        // eight rows ahead, into L2: 21 GB/s from memory where none gives 9
-        _mm_prefetch(reinterpret_cast<const char*>(codes[r] + k + 8 * w.stride), _MM_HINT_T1);
-        decoder.pairs(_mm512_loadu_si512(codes[r] + k), &lo, &hi);
-        MUSUBI_UNROLL
-        for (int m = 0; m < M; ++m) {
-          part[m][r] = _mm512_dpbf16_ps(part[m][r], pairs_of(lo), pairs_of(_mm512_loadu_si512(x[m] + k)));
-          part[m][r] = _mm512_dpbf16_ps(part[m][r], pairs_of(hi), pairs_of(_mm512_loadu_si512(x[m] + k + 32)));
-        }
-      }
-    }
-    if (k < end) {
-      const __mmask32 low_words = first_words(end - k), high_words = first_words(end - k - 32);
-      MUSUBI_UNROLL
-      for (int r = 0; r < R; ++r) {
-        __m512i lo, hi;
-        decoder.pairs(_mm512_maskz_loadu_epi8(first(end - k), codes[r] + k), &lo, &hi);
-        MUSUBI_UNROLL
-        for (int m = 0; m < M; ++m) {
-          const __m512i x_low = _mm512_maskz_loadu_epi16(low_words, x[m] + k);
-          const __m512i x_high = _mm512_maskz_loadu_epi16(high_words, x[m] + k + 32);
-          part[m][r] = _mm512_dpbf16_ps(part[m][r], pairs_of(lo), pairs_of(x_low));
-          part[m][r] = _mm512_dpbf16_ps(part[m][r], pairs_of(hi), pairs_of(x_high));
-        }
-      }
-    }
-    MUSUBI_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const __m512 scale = _mm512_set1_ps(scales[r * blocks + b]);
-      MUSUBI_UNROLL
-      for (int m = 0; m < M; ++m) acc[m][r] = _mm512_fmadd_ps(part[m][r], scale, acc[m][r]);
-    }
-  }
-  MUSUBI_UNROLL
-  for (int m = 0; m < M; ++m) {
-    MUSUBI_UNROLL
-    for (int r = 0; r < R; ++r) sums[m * kRowsPerChunk + r] = _mm512_reduce_add_ps(acc[m][r]);
-  }
-}
+// The same for few rows of x, with weights that are not scaled yet, so exact in bf16.
+class PairLanes {
+ public:
+  static constexpr int64_t kPerUnit = 2;
 
-constexpr int64_t kFewPairRows = 8;
+  explicit PairLanes(Format format) : decoder_(format) {}
 
-// The scales of row n as floats, one per block.
-inline void scales_of_row(const Fp8Rows& w, int64_t n, int64_t blocks, float* out) {
-  if (w.scale_block == 1) {
-    Rows row{w.scale, 1, blocks, 0, w.scale_dtype};
-    row.data = static_cast<const char*>(w.scale) + n * w.scale_row * size_of(w.scale_dtype);
-    return read_row(row, 0, 0, blocks, out);
+  void decode(const uint8_t* codes, int64_t count, float* units) const {
+    __m512i lo, hi;
+    decoder_.pairs(count == 64 ? _mm512_loadu_si512(codes) : _mm512_maskz_loadu_epi8(first(count), codes), &lo, &hi);
+    _mm512_storeu_si512(units, lo);
+    _mm512_storeu_si512(units + 16, hi);
   }
-  for (int64_t b = 0; b < blocks; ++b) out[b] = scale_at(w, n, b);
-}
 
-template <int M>
-void few_rows(const LinearTask& task, const float* low) {
-  constexpr int R = M == 1 ? 4 : M <= 4 ? 2 : 1;
-  const int64_t n = task.w.rows, blocks = (task.w.cols + task.w.block - 1) / task.w.block;
-  parallel_chunks((n + kRowsPerChunk - 1) / kRowsPerChunk, task.threads, [&](int64_t chunk) {
-    const Decoder decoder(task.w.format);
-    const int64_t j0 = chunk * kRowsPerChunk, jn = least(kRowsPerChunk, n - j0);
-    float* const scales = static_cast<float*>(scratch(Slot::rows, R * blocks * 4 + 4));
-    float sums[M * kRowsPerChunk] = {};
-    int64_t j = 0;
-    for (; j + R <= jn; j += R) {
-      MUSUBI_UNROLL
-      for (int r = 0; r < R; ++r) scales_of_row(task.w, j0 + j + r, blocks, scales + r * blocks);
-      dot_rows<M, R>(task, decoder, j0 + j, scales, blocks, sums + j);
+  template <int G>
+  static __m512 multiply(__m512 x, const float* weights, __m512 sum) {
+    const __m512bh pairs = pairs_of(_mm512_castps_si512(x));
+    if (G == 1) {
+      // GCC loads the broadcast apart, which costs as much as the product
+      asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(pairs), "m"(*weights));
+      return sum;
     }
-    for (; j < jn; ++j) {
-      scales_of_row(task.w, j0 + j, blocks, scales);
-      dot_rows<M, 1>(task, decoder, j0 + j, scales, blocks, sums + j);
-    }
-    finish_few(task, low, j0, jn, sums);
-  });
-}
-
-void linear_few_pairs(const LinearTask& task) {
-  const int64_t rank = task.low.data == nullptr ? 0 : task.low.cols;
-  const float* const low = floats_of(task.low, static_cast<float*>(scratch(Slot::packed, task.x.rows * rank * 4)));
-  switch (task.x.rows) {
-    case 1:
-      return few_rows<1>(task, low);
-    case 2:
-      return few_rows<2>(task, low);
-    case 3:
-      return few_rows<3>(task, low);
-    case 4:
-      return few_rows<4>(task, low);
-    case 5:
-      return few_rows<5>(task, low);
-    case 6:
-      return few_rows<6>(task, low);
-    case 7:
-      return few_rows<7>(task, low);
-    default:
-      return few_rows<8>(task, low);
+    return _mm512_dpbf16_ps(sum, pairs, pairs_of(_mm512_castps_si512(Vec::repeat<G>(weights))));
   }
-}
+
+  static void units_of(const Rows& x, int64_t row, int64_t c0, int64_t count, float* units) {
+    if (count % 2 != 0) units[count / 2] = 0.0f;
+    copy_bytes(units, at(x, row, c0), count * 2);
+  }
+
+ private:
+  Decoder decoder_;
+};
 
 }  // namespace
 
 void linear(const LinearTask& task) {
   const bool pairs = task.x.dtype == Dtype::bf16 && (task.low.data == nullptr || task.low.dtype == Dtype::bf16);
   if (!pairs) return linear_in_floats(task);
-  if (!task.transposed && task.x.rows > 0 && task.x.rows <= kFewPairRows) return linear_few_pairs(task);
+  if (has_few_rows(task)) return linear_few_rows<PairLanes>(task);
   Multiply<PairKernel>(task).run();
 }
 

@@ -1,8 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bind.h"
-#include "common/check.h"
-#include "ops/fp8_linear/fp8_linear.h"
+#include "ops/fp8_linear/fp8_linear_args.h"
 
 namespace musubi {
 namespace {
@@ -13,20 +12,10 @@ void linear(int64_t isa, bool transposed, int64_t threads,                      
             int64_t scale_row, int64_t scale_block, int64_t block, int64_t scale_dtype, int64_t format,  //
             int64_t bias, int64_t bias_dtype, int64_t low, int64_t low_stride, int64_t low_dtype, int64_t tail,
             int64_t tail_stride, int64_t tail_dtype, int64_t rank, double strength, int64_t out, int64_t out_dtype) {
-  LinearTask task;
-  task.transposed = transposed;
+  LinearTask task = linear_task_of(transposed, x, x_rows, x_cols, x_stride, x_dtype, codes, w_rows, w_cols, w_stride,
+                                   scale, scale_row, scale_block, block, scale_dtype, format, bias, bias_dtype, low,
+                                   low_stride, low_dtype, tail, tail_stride, tail_dtype, rank, strength, out);
   task.threads = static_cast<int>(threads);
-  task.x = rows_of(x, x_rows, x_cols, x_stride, x_dtype);
-  task.w = fp8_rows_of(codes, w_rows, w_cols, w_stride, scale, scale_row, scale_block, block, scale_dtype, format);
-  require(x_cols == (transposed ? w_rows : w_cols), "x and the weight disagree about the contraction", x_cols);
-  task.bias = rows_of(bias, 1, task.outputs(), 0, bias_dtype);
-  if (low != 0) {
-    task.low = rows_of(low, x_rows, rank, low_stride, low_dtype);
-    task.tail = transposed ? rows_of(tail, rank, w_cols, tail_stride, tail_dtype)
-                           : rows_of(tail, w_rows, rank, tail_stride, tail_dtype);
-    task.strength = static_cast<float>(strength);
-  }
-  task.out = pointer(out);
   task.out_dtype = dtype_of(out_dtype);
   const LinearKernel kernel = linear_kernel(isa_of(isa));
   pybind11::gil_scoped_release release;

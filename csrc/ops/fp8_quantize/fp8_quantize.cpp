@@ -9,6 +9,8 @@ QuantizeKernel quantize_kernel(Isa isa) {
       return avx2::quantize;
     case Isa::avx512:
       return avx512::quantize;
+    case Isa::avx512vbmi:
+      return avx512vbmi::quantize;
     case Isa::avx512bf16:
       return avx512bf16::quantize;
 #endif
@@ -26,6 +28,8 @@ DequantizeKernel dequantize_kernel(Isa isa) {
       return avx2::dequantize;
     case Isa::avx512:
       return avx512::dequantize;
+    case Isa::avx512vbmi:
+      return avx512vbmi::dequantize;
     case Isa::avx512bf16:
       return avx512bf16::dequantize;
 #endif

@@ -44,6 +44,10 @@ namespace avx512 {
 void quantize(const QuantizeTask& task);
 void dequantize(const DequantizeTask& task);
 }  // namespace avx512
+namespace avx512vbmi {
+void quantize(const QuantizeTask& task);
+void dequantize(const DequantizeTask& task);
+}  // namespace avx512vbmi
 namespace avx512bf16 {
 void quantize(const QuantizeTask& task);
 void dequantize(const DequantizeTask& task);

@@ -8,7 +8,7 @@ namespace musubi {
 namespace {
 
 void quantize(int64_t isa, int64_t threads, int64_t w, int64_t rows, int64_t cols, int64_t stride, int64_t dtype,
-              int64_t width, int64_t format, int64_t scale_dtype, int64_t codes, int64_t scales) {
+              int64_t width, int64_t format, int64_t scale_dtype, int64_t codes, int64_t scales, bool search) {
   QuantizeTask task;
   task.w = rows_of(w, rows, cols, stride, dtype);
   require(width >= 1 && cols % width == 0, "groups must divide the rows", width);
@@ -17,6 +17,7 @@ void quantize(int64_t isa, int64_t threads, int64_t w, int64_t rows, int64_t col
   task.scale_dtype = dtype_of(scale_dtype);
   task.codes = static_cast<uint8_t*>(pointer(codes));
   task.scales = pointer(scales);
+  task.search = search;
   task.threads = static_cast<int>(threads);
   const QuantizeKernel kernel = quantize_kernel(isa_of(isa));
   pybind11::gil_scoped_release release;

@@ -6,9 +6,9 @@
 namespace musubi {
 namespace MUSUBI_ISA {
 
-void quantize(const QuantizeTask& task) { quantize_any(task); }
+void quantize(const QuantizeTask& task) { quantize_with<PlainBody>(task); }
 
-void dequantize(const DequantizeTask& task) { dequantize_with(task, dequantize_run); }
+void dequantize(const DequantizeTask& task) { dequantize_with<PlainBody>(task); }
 
 }  // namespace MUSUBI_ISA
 }  // namespace musubi

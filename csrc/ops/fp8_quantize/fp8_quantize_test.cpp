@@ -102,6 +102,48 @@ void zeros_stay_zero() {
   });
 }
 
+// The error left by a search is that of the best of the scales that a plain loop tries.
+void search_is_least(Format format, int64_t width, Dtype dtype) {
+  const int64_t groups = 6;
+  Random random(static_cast<uint64_t>(width));
+  Numbers w(groups * width, dtype);
+  for (int64_t i = 0; i < w.count(); ++i) w.set(i, random.number() * (i % 50 == 3 ? 20.0 : 1.0));
+  const double largest = format == Format::e4m3 ? 448.0 : 57344.0;
+  const auto left = [&](int64_t group, float scale) {
+    double sum = 0.0;
+    for (int64_t i = group * width; i < (group + 1) * width; ++i) {
+      const double back = value_of(nearest(w.get(i) / static_cast<double>(scale), format), format);
+      sum += std::pow(back * static_cast<double>(scale) - w.get(i), 2.0);
+    }
+    return sum;
+  };
+  on_every_isa([&](Isa isa) {
+    std::vector<uint8_t> codes(static_cast<size_t>(w.count()));
+    std::vector<float> scales(static_cast<size_t>(groups));
+    musubi::QuantizeTask task;
+    task.w = {w.data(), groups, width, width, dtype};
+    task.width = width;
+    task.format = format;
+    task.search = true;
+    task.codes = codes.data();
+    task.scales = scales.data();
+    musubi::quantize_kernel(isa)(task);
+    for (int64_t g = 0; g < groups; ++g) {
+      double peak = 0.0, best = 1e30;
+      for (int64_t i = g * width; i < (g + 1) * width; ++i) peak = std::max(peak, std::fabs(w.get(i)));
+      for (double code : {448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0}) {
+        best = std::min(best, left(g, static_cast<float>(peak / largest * (448.0 / code))));
+      }
+      for (int f = -1; f < 24; ++f) {
+        best = std::min(best, left(g, static_cast<float>(peak / largest * std::exp2(f / 24.0))));
+      }
+      const double ours = left(g, scales[static_cast<size_t>(g)]);
+      EXPECT(ours <= best * 1.0001, "%s: a group of %d keeps %g, a scale leaves %g", name_of(isa),
+             static_cast<int>(width), ours, best);
+    }
+  });
+}
+
 }  // namespace
 
 void test_quantize() {
@@ -111,6 +153,9 @@ void test_quantize() {
     codes_are_nearest(format, 5, 37, 37);
     codes_are_nearest(format, 1, 70000, 70000);
     codes_are_nearest(format, 2, 1200, 600);
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
+      for (int64_t width : {64, 37, 200}) search_is_least(format, width, dtype);
+    }
   }
   zeros_stay_zero();
 }

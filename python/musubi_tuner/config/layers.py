@@ -15,6 +15,8 @@ from musubi_tuner.config.fields import BadValue, Option, canonical, nearest, opt
 from musubi_tuner.config.toml_file import Entry, find_file, read_entries
 
 DEFAULT, FAMILY, COMMAND_LINE = "default", "family default", "command line"
+ALREADY = "done in any case"
+"""Where a known option belongs that asks for what is done anyway: it is taken in silence."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class Layers:
     def ignore(self, name: str) -> None:
         """Note a name that is known elsewhere, for the one grouped warning."""
         known = self.elsewhere[name]
-        names = self.ignored.setdefault(known.where if isinstance(known, Known) else known, [])
+        where = known.where if isinstance(known, Known) else known
+        names = self.ignored.setdefault(where, []) if where != ALREADY else [name]
         if name not in names:
             names.append(name)
 

@@ -5,7 +5,7 @@ exposes `family: Family`; `families.registry` finds it by folder. There is no ba
 differs between families is either a fact here or one of the calls below.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -123,6 +123,8 @@ class FamilySpec:
     target_fps: float | None = None
     """Frame rate that training clips are brought to."""
     resolution_step: int = 16
+    takes_pictures: tuple[str, ...] = ()
+    """Pictures that a request may come with, by role: `start`, `end`, `control`."""
     reads_controls: bool = False
     """Whether items' controls are encoded though no cache field is named `control`."""
     control_masks: bool = False
@@ -143,7 +145,9 @@ class Item:
     pixels: `[C, F, H, W]` float32 in [-1, 1], already cropped to its bucket; several target pictures of one item lie
     on F. controls: same layout, any sizes.
     masks: where the spec has `control_masks`, of each control `[1, F, H, W]` float32 in [0, 1], None for an opaque one.
-    said: what the dataset file says to this family alone, by its `dataset_keys`; lists are tuples.
+    roles: of a request, what each control is: `start`, `end` or `control`.
+    said: what the dataset file says to this family alone, by its `dataset_keys`, lists as tuples; of a request, what
+    its prompt line says to it.
     """
 
     caption: str
@@ -152,6 +156,7 @@ class Item:
     frames: int = 1
     height: int = 0
     width: int = 0
+    roles: tuple[str, ...] = ()
     masks: tuple[Tensor | None, ...] = ()
     said: Mapping[str, Any] = field(default_factory=dict)
 
@@ -210,7 +215,8 @@ class Family(Protocol):
     ) -> list[list[dict[str, Tensor]]]:
         """For items of one shape: the latent cache entries of each item, by `CacheField.name`.
 
-        Most families make one entry of an item; a sectioned family makes one of each section, in order.
+        Most families make one entry of an item; a sectioned family makes one of each section, in order. Of a request
+        with pictures (no `pixels`, but `controls`) it is one entry of what sampling needs, by names of the family's.
         """
         ...
 
@@ -240,4 +246,43 @@ class Family(Protocol):
 
     def predict(self, dit: Dit, x_t: Tensor, t: Tensor, cond: Conditioning, *, run: Run = direct) -> Tensor:
         """Velocity `[B, C, F, H, W]` at `x_t: [B, C, F, H, W]`, `t: [B]` in (0, 1] (float32 or float64)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What a family that samples in its own way is handed for one request.
+
+    denoise: noise `[C, F, H, W]` and the fields of this run (they join the text's) -> latents of that shape, float32 on
+    the CPU; schedule, solver, guidance and step cache are bound already, and begin anew in each call.
+    draw: standard normal numbers of a shape, from the request's seed, one after the other.
+    """
+
+    denoise: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    draw: Callable[[Sequence[int]], Tensor]
+
+
+@runtime_checkable
+class OwnSampling(Protocol):
+    """The calls of a family whose sampling is not one loop of denoising; a family without them gets that loop."""
+
+    def plan(self, options: Any, values: Mapping[str, Any], said: Mapping[str, str]) -> Mapping[str, Any]:
+        """Values of a request (`frames`, `shift`, `solver`, ...) in place of `values`, where None means not given.
+
+        options: the family's first own group of the command. said: what the prompt's entry says to this family alone.
+        Raises UserError for what cannot be made.
+        """
+        ...
+
+    def generate(self, options: Any, item: Item, pictures: Mapping[str, Tensor], tools: Tools) -> Tensor:
+        """Latents `[C, F, H, W]` of a request, `pictures` being what `encode_latents` made of its controls."""
+        ...
+
+
+@runtime_checkable
+class HasMagRatios(Protocol):
+    """The call of a family whose change of the blocks from step to step was measured (`sampling.step_cache`)."""
+
+    def mag_ratios(self, options: Any) -> tuple[float, ...]:
+        """The ratios of the model that the family's first own group asks for, one a step."""
         ...

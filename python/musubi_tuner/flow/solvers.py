@@ -73,16 +73,23 @@ def unipc(
     *,
     order: int = 2,
     linear_base: bool = False,
+    noise_clock: bool = False,
+    lower_at_end: bool = True,
 ) -> Tensor:
-    """UniPC, multistep (Zhao et al. 2023, algorithms 5 and 6), order lowered at both ends.
+    """UniPC, multistep (Zhao et al. 2023, algorithms 5 and 6), order lowered at the start.
 
     The velocity of a step serves twice: it corrects the step that led here, then predicts the next one.
 
     Args:
         order: of the predictor; the corrector adds one.
         linear_base: B(h) = h (the paper's B1) in place of e^h - 1 (B2).
+        noise_clock: polynomials in -log sigma in place of the half log-SNR. Both solve a constant clean prediction
+            exactly, and this one is finite at sigma = 1.
+        lower_at_end: lower the order in the last steps too. The very last one has no corrector and ends, of the first
+            order, at the last clean prediction in either case.
     """
-    steps = _unipc_steps(schedule, linear_base)
+    steps = _unipc_steps(schedule, linear_base, noise_clock)
+    order = min(order, max(len(steps) - 1, 1))
     cleans: list[Tensor] = []
     start, used = x, 0
     for i, t in enumerate(schedule.times.tolist()):
@@ -90,7 +97,7 @@ def unipc(
         if i > 0:
             x = _unipc_step(start, steps[:i], cleans[-used:], clean)
         cleans = [*cleans, clean][-order:]
-        used = min(order, i + 1, len(steps) - i)
+        used = min(order, i + 1, len(steps) - i if lower_at_end or i + 1 == len(steps) else order)
         start = x
         x = _unipc_step(start, steps[: i + 1], cleans[-used:])
         _tell(on_step, i + 1, x)
@@ -99,22 +106,27 @@ def unipc(
 
 @dataclass(frozen=True)
 class _Step:
-    """One step of the grid: its noise level and half log-SNR, its length h in the latter, and B(-h)."""
+    """One step of the grid: its noise level and its clock, its length h on the clock, B(-h), and the signal at its end.
+
+    The signal is what the clock's logarithm is of, over the noise level: 1 - sigma, or 1.
+    """
 
     sigma: float
-    half_log_snr: float
+    clock: float
     after: float
     h: float
     base: float
+    signal: float
 
 
-def _unipc_steps(schedule: Schedule, linear_base: bool) -> list[_Step]:
+def _unipc_steps(schedule: Schedule, linear_base: bool, noise_clock: bool) -> list[_Step]:
     sigmas = schedule.sigmas.tolist()
-    lambdas = [_half_log_snr(s) for s in sigmas]
+    clocks = [_minus_log(s) if noise_clock else _half_log_snr(s) for s in sigmas]
     steps = []
     for i in range(len(schedule)):
-        h = lambdas[i + 1] - lambdas[i]
-        steps.append(_Step(sigmas[i], lambdas[i], sigmas[i + 1], h, -h if linear_base else math.expm1(-h)))
+        h, after = clocks[i + 1] - clocks[i], sigmas[i + 1]
+        base = -h if linear_base else math.expm1(-h)
+        steps.append(_Step(sigmas[i], clocks[i], after, h, base, 1.0 if noise_clock else 1 - after))
     return steps
 
 
@@ -125,15 +137,14 @@ def _unipc_step(x: Tensor, steps: list[_Step], cleans: list[Tensor], arrived: Te
     """
     step, now = steps[-1], cleans[-1]
     past = zip(reversed(steps[:-1]), reversed(cleans[:-1]), strict=False)
-    known = [((s.half_log_snr - step.half_log_snr) / step.h, clean) for s, clean in past]
+    known = [((s.clock - step.clock) / step.h, clean) for s, clean in past]
     known = [(node, clean) for node, clean in known if math.isfinite(node)]
     if arrived is not None:
         known.append((1.0, arrived))
-    alpha = 1 - step.after
-    x = step.after / step.sigma * x - alpha * math.expm1(-step.h) * now
+    x = step.after / step.sigma * x - step.signal * math.expm1(-step.h) * now
     weights = _unipc_weights([node for node, _ in known], step.h, step.base)
     for rho, (node, clean) in zip(weights, known, strict=True):
-        x = x - alpha * step.base * rho / node * (clean - now)
+        x = x - step.signal * step.base * rho / node * (clean - now)
     return x
 
 
@@ -160,6 +171,11 @@ def _half_log_snr(sigma: float) -> float:
     return math.log1p(-sigma) - math.log(sigma) if sigma < 1 else -math.inf
 
 
+def _minus_log(sigma: float) -> float:
+    """-log(sigma), infinite at 0."""
+    return -math.log(sigma) if sigma > 0 else math.inf
+
+
 def _tell(on_step: OnStep | None, done: int, x: Tensor) -> None:
     if on_step is not None:
         on_step(done, x)
@@ -176,6 +192,11 @@ class Solver:
 
 SOLVERS: Mapping[str, Solver] = {
     "unipc": Solver(unipc, partial(whole_thousandths, top=0.999), "UniPC, second order with corrector"),
+    "unipc3": Solver(
+        partial(unipc, order=3, linear_base=True, noise_clock=True, lower_at_end=False),
+        linear,
+        "UniPC, third order in -log sigma",
+    ),
     "dpm++": Solver(dpm_solver_2m, whole_thousandths, "DPM-Solver++(2M), second order"),
     "vanilla": Solver(euler, linear, "Euler, first order"),
 }

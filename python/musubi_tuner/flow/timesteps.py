@@ -131,6 +131,20 @@ def restrict(of: Distribution, low: float, high: float) -> Distribution:
     )
 
 
+def one_side(of: Distribution, u: Tensor, boundary: float) -> Tensor:
+    """u: [B] -> t [B], all of them where the first is: below `boundary`, or from it on.
+
+    The first is drawn from `of`, the others from its truncation to that side, so that no draw is made again. For two
+    models that share the noise levels.
+    """
+    first = of.quantile(u[:1])
+    if len(u) == 1:
+        return first
+    high = bool(first[0] >= boundary)
+    side = restrict(of, boundary, 1.0) if high else restrict(of, 0.0, math.nextafter(boundary, 0.0))
+    return torch.cat([first, side.quantile(u[1:])])
+
+
 def on_grid(of: Distribution, cells: int) -> Distribution:
     """t rounded up to a multiple of 1 / cells."""
     return Distribution(

@@ -24,6 +24,8 @@ LIBRARIES: Final = {
     "xformers": "xformers",
 }
 MODES: Final = ("sdpa", *LIBRARIES)
+_SPLIT = "+split"
+"""Ending of a mode that attends sample by sample where samples have different lengths."""
 
 
 def check_mode(mode: str) -> str:
@@ -36,12 +38,15 @@ def check_mode(mode: str) -> str:
     return mode
 
 
-def set_mode(model: nn.Module, mode: str) -> None:
+def set_mode(model: nn.Module, mode: str, *, split: bool = False) -> None:
     """Let a transformer attend by `mode`, after `check_mode`. Models hold it in an attribute `attn_mode`, which goes to
-    their blocks with the context. Raises TypeError for a model without one."""
+    their blocks with the context. Raises TypeError for a model without one.
+
+    split: sample by sample where samples of a batch have different lengths, in place of a mask.
+    """
     if not isinstance(getattr(model, "attn_mode", None), str):
         raise TypeError(f"{type(model).__name__} has no attribute attn_mode, so its attention cannot be chosen")
-    model.attn_mode = check_mode(mode)  # type: ignore[assignment]
+    model.attn_mode = check_mode(mode) + (_SPLIT if split else "")  # type: ignore[assignment]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None, mode: str = "sdpa") -> Tensor:
@@ -49,15 +54,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None,
 
     Args:
         lengths: `[B]` number of leading keys that are real; None: all of them.
-        mode: one of `MODES`.
+        mode: one of `MODES`, or what `set_mode` made of one. The libraries take no mask, so samples of different
+            lengths go through them one by one; with `sdpa` they do so when the mode is split, else there is a mask.
     """
     k, v = k.to(q.dtype), v.to(q.dtype)
-    if mode == "sdpa" or lengths is not None or q.dtype == torch.float32:
-        return _sdpa(q, k, v, lengths)
-    return _BODIES[mode](q, k, v)
+    name = "sdpa" if q.dtype == torch.float32 else mode.removesuffix(_SPLIT)
+    if lengths is None or (name == "sdpa" and not mode.endswith(_SPLIT)):
+        return _sdpa(q, k, v, lengths) if name == "sdpa" else _BODIES[name](q, k, v)
+    body = _sdpa if name == "sdpa" else _BODIES[name]
+    parts = [body(q[i : i + 1], k[i : i + 1, :n], v[i : i + 1, :n]) for i, n in enumerate(lengths.tolist())]
+    return torch.cat(parts)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     mask = None
     if lengths is not None:
         mask = torch.arange(k.shape[1], device=q.device) < lengths.to(q.device).unsqueeze(1)  # [B, S]

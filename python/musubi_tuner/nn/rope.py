@@ -35,9 +35,54 @@ def grid_rotations(positions: Sequence[Tensor], dims: Sequence[int], theta: floa
     return torch.polar(torch.ones_like(angles), angles)
 
 
+def told_rotations(times: Tensor, grid: tuple[int, int], dims: Sequence[int], theta: float, scale: Tensor) -> Tensor:
+    """Unit complex numbers [B, F, rows, columns, sum(dims)/2] of frames at times that each sample is told.
+
+    Args:
+        times: `[B, F]`. grid: rows and columns, at 0, 1, ... times `scale: [B]`.
+        dims: channels of time, rows and columns. theta: base of the frequencies.
+    """
+    (batch, frames), (rows, columns), device = times.shape, grid, times.device
+    factor = scale.to(device, torch.float64).unsqueeze(1)  # [B, 1]
+    axes = (
+        (times, dims[0], (batch, frames, 1, 1)),
+        (factor * torch.arange(rows, device=device), dims[1], (batch, 1, rows, 1)),
+        (factor * torch.arange(columns, device=device), dims[2], (batch, 1, 1, columns)),
+    )
+    parts = [
+        axis_angles(positions.flatten(), dim, theta).reshape(*shape, -1).expand(batch, frames, rows, columns, -1)
+        for positions, dim, shape in axes
+    ]
+    angles = torch.cat(parts, dim=-1)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def mean_rotations(table: Tensor, factor: int) -> Tensor:
+    """The mean of `table: [B, F, rows, columns, d]` over cells of `factor` in each axis, ends repeated.
+
+    Cosine and sine are averaged, which in complex numbers is one mean, of length below 1.
+    """
+    cells = repeated(table, (1, 2, 3), (factor,) * 3)
+    cells = cells.unflatten(3, (-1, factor)).unflatten(2, (-1, factor)).unflatten(1, (-1, factor))
+    return cells.mean(dim=(2, 4, 6))
+
+
+def repeated(x: Tensor, axes: Sequence[int], multiples: Sequence[int]) -> Tensor:
+    """`x` with its last entries repeated until the size of each of `axes` is a multiple."""
+    for axis, multiple in zip(axes, multiples, strict=True):
+        size = x.shape[axis]
+        if size % multiple:
+            index = torch.arange(-(-size // multiple) * multiple, device=x.device).clamp(max=size - 1)
+            x = x.index_select(axis, index)
+    return x
+
+
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    """Rotate the pairs of `x: [B, L, heads, D]` by `rotations: [L, D/2]` complex; the product is float32 or wider."""
+    """Rotate the pairs of `x: [B, L, heads, D]`; the product is float32 or wider.
+
+    rotations: `[L, D/2]` complex, or `[B, L, D/2]` where each sample has its own.
+    """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     pairs = torch.view_as_complex(x.to(wide).unflatten(-1, (-1, 2)).contiguous())
-    turned = pairs * rotations.to(pairs.dtype).unsqueeze(1)
+    turned = pairs * rotations.to(pairs.dtype).unsqueeze(-2)
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)

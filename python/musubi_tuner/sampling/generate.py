@@ -8,11 +8,12 @@ transformer, VAE. Latents that are asked for are written the moment they exist.
 import logging
 import os
 import secrets
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -20,27 +21,48 @@ from torch import Tensor
 from musubi_tuner.adapters.merge import LoraMerge
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
-from musubi_tuner.families.base import Family, SamplingDefaults, Vae
+from musubi_tuner.families.base import Dit, Encoders, Family, HasMagRatios, OwnSampling, SamplingDefaults, Vae
 from musubi_tuner.memory.placement import DTYPES, choose_device, release
-from musubi_tuner.sampling import outputs
-from musubi_tuner.sampling.models import OpenDit, Prompts, encode_prompts, open_dit, read_model_config, weight_policy
+from musubi_tuner.nn.compiling import CompileOptions, compile_blocks
+from musubi_tuner.sampling import outputs, pictures
+from musubi_tuner.sampling.models import (
+    OpenDit,
+    Prompts,
+    encode,
+    encode_prompts,
+    open_dit,
+    read_model_config,
+    weight_policy,
+)
 from musubi_tuner.sampling.options import (
+    CompileArgs,
     LoraOptions,
     ModelOptions,
     OutputOptions,
     PromptOptions,
     SolverOptions,
+    compile_settings,
     task_defaults,
 )
 from musubi_tuner.sampling.pipeline import Sampler, decode
-from musubi_tuner.sampling.prompts import PromptEntry, read_prompts
+from musubi_tuner.sampling.prompts import PromptEntry, parse_line, read_prompts
 from musubi_tuner.sampling.request import Request
+from musubi_tuner.sampling.step_cache import Calibration, StepCache, StepCacheOptions, step_cache
 from musubi_tuner.weights.policy import WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
 
 log = logging.getLogger(__name__)
 
-GROUPS: tuple[type, ...] = (ModelOptions, LoraOptions, PromptOptions, SolverOptions, OutputOptions)
+GROUPS: tuple[type, ...] = (
+    ModelOptions,
+    LoraOptions,
+    PromptOptions,
+    SolverOptions,
+    StepCacheOptions,
+    OutputOptions,
+    CompileOptions,
+    CompileArgs,
+)
 
 
 def run(family: Family, options: Resolved) -> None:
@@ -53,25 +75,110 @@ def run(family: Family, options: Resolved) -> None:
     if options[OutputOptions].latent_path:
         decode_files(family, options)
         return
+    if options[PromptOptions].interactive:
+        serve(family, options, sys.stdin)
+        return
     requests = make_requests(family, options)
     device = choose_device(options[ModelOptions].device)
-    policy = _policy(family, options[ModelOptions])
+    policy, compiling = _policy(family, options[ModelOptions]), compile_settings(options, os.environ)
     opened = _open(family, options)
+    _step_cache(family, options)  # its faults are told before the long work
+    pictures.check_model(opened.dit, requests)
     writer = Writer.checked(family, options)
-    own = family.option_groups("generate")
-    prompts = encode_prompts(family, options[own[0]] if own else None, requests, device=device, dtype=torch.bfloat16)
+    if any(request.pictures for request in requests):
+        _require_vae(options)
+    seen: dict[Request, Mapping[str, Tensor]] = {}
+
+    def encode_pictures(encoders: Encoders) -> None:
+        seen.update(pictures.encode(family, encoders, lambda: _load_vae(family, options, device), requests, device))
+
+    prompts = encode_prompts(
+        family, _own(family, options), requests, device=device, dtype=torch.bfloat16, also=encode_pictures
+    )
     for request in requests:
         log.info("%s", request.summary())
     started = time.monotonic()
-    sampler = Sampler(family, opened.load(policy, device), device, joint=options[SolverOptions].cfg_batch)
-    samples = _sample(sampler, requests, prompts, writer, batch=options[SolverOptions].sample_batch_size)
-    del sampler, opened
+    dit = opened.load(policy, device)
+    if compiling is not None:
+        compile_blocks(dit, family.spec.blocks, compiling)
+    sampler = _sampler(family, options, dit, device)
+    samples = _sample(sampler, requests, prompts, seen, writer, batch=options[SolverOptions].sample_batch_size)
+    if isinstance(sampler.cache, Calibration):
+        sampler.cache.tell()
+    del sampler, opened, dit
     release(device)
     log.info("%d sampled in %.1f s", len(samples), time.monotonic() - started)
     if writer.wants_pixels:
         vae = _load_vae(family, options, device)
         for request, stem, latents in samples:
             writer.pixels(request, stem, _decoded(vae, latents, device))
+
+
+def serve(family: Family, options: Resolved, lines: TextIO) -> None:
+    """`--interactive`: a prompt line at a time, until the input ends. Models stay loaded, encoders and VAE on the CPU.
+
+    A line that cannot be served is told, and the next one is read.
+    """
+    chosen, device, cpu = options[PromptOptions], choose_device(options[ModelOptions].device), torch.device("cpu")
+    if chosen.prompt is not None or chosen.from_file is not None:
+        raise UserError("--interactive reads its prompts from the terminal: leave --prompt and --from_file out")
+    policy, opened = _policy(family, options[ModelOptions]), _open(family, options)
+    writer = Writer.checked(family, options)
+    _require_vae(options)
+    encoders = family.load_encoders(_own(family, options), device=cpu, dtype=torch.bfloat16)
+    if encoders is None:
+        raise UserError(f"prompts cannot be encoded without {family.spec.name}'s text encoder: name its files")
+    vae = _load_vae(family, options, cpu)
+    sampler = _sampler(family, options, opened.load(policy, device), device)
+    for line in _asked_lines(lines):
+        try:
+            requests = make_requests(family, options, [parse_line(line)])
+            pictures.check_model(sampler.dit, requests)
+            encoders.to(device)
+            prompts = encode(family, encoders, requests, progress=False)
+            seen = pictures.encode(family, encoders, lambda: vae.to(device), requests, device)
+            encoders.to(cpu)
+            for request, stem, latents in _sample(sampler, requests, prompts, seen, writer, batch=1):
+                if writer.wants_pixels:
+                    writer.pixels(request, stem, _decoded(vae.to(device), latents, device))
+        except UserError as fault:
+            log.error("%s", fault)
+        finally:
+            vae.to(cpu)
+            encoders.to(cpu)
+
+
+def _asked_lines(lines: TextIO) -> Iterator[str]:
+    """Lines that hold a prompt; on a terminal each is asked for."""
+    while True:
+        if lines.isatty():
+            log.info("prompt (Ctrl-D ends):")
+        line = lines.readline()
+        if not line:
+            return
+        if line.strip() and not line.lstrip().startswith("#"):
+            yield line.strip()
+
+
+def _own(family: Family, options: Resolved) -> Any:
+    """The family's first own group, which its encoders, VAE and sampling are told by; None where it has none."""
+    groups = family.option_groups("generate")
+    return options[groups[0]] if groups else None
+
+
+def _sampler(family: Family, options: Resolved, dit: Dit, device: torch.device) -> Sampler:
+    own, cache = _own(family, options), _step_cache(family, options)
+    return Sampler(family, dit, device, joint=options[SolverOptions].cfg_batch, options=own, cache=cache)
+
+
+def _step_cache(family: Family, options: Resolved) -> StepCache | None:
+    known = family.mag_ratios(_own(family, options)) if isinstance(family, HasMagRatios) else None
+    return step_cache(options[StepCacheOptions], known)
+
+
+def _require_vae(options: Resolved) -> None:
+    if options[ModelOptions].vae is None:
+        raise UserError("--vae is required: pictures that a request comes with are encoded by it")
 
 
 def decode_files(family: Family, options: Resolved) -> None:
@@ -99,49 +206,68 @@ def decode_files(family: Family, options: Resolved) -> None:
         writer.pixels(request, writer.stem(request), _decoded(vae, latents, device))
 
 
-def make_requests(family: Family, options: Resolved) -> list[Request]:
-    """The requests of a command line, every size checked. Raises UserError with every fault of a prompt file."""
+def make_requests(family: Family, options: Resolved, entries: Sequence[PromptEntry] | None = None) -> list[Request]:
+    """The requests of a command line, or of `entries`, every size checked. Raises UserError with every fault."""
     chosen = options[PromptOptions]
+    found = _entries(chosen) if entries is None else entries
+    common, requests, faults = _common_values(family, options), [], []
+    idle = set(pictures.unserved(common, family.spec))
+    for entry in found:
+        seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
+        try:
+            given = entry.given(embedded=common["embedded_guidance"] is not None)
+            request = _request(family, options, {"seed": seed} | common, given, entry)
+            request.shape(family.spec.latents)
+        except UserError as fault:
+            faults.append(f"{entry.where}: {fault}" if chosen.prompt is None else str(fault))
+        else:
+            requests.append(request)
+            idle |= set(pictures.unserved(given, family.spec))
+    if faults:
+        raise UserError("; ".join(faults))
+    _tell_what_has_no_effect(options, found, requests, idle)
+    return requests
+
+
+def _entries(chosen: PromptOptions) -> list[PromptEntry]:
     if (chosen.prompt is None) == (chosen.from_file is None):
         given = "neither was given" if chosen.prompt is None else "both were given"
         raise UserError(f"what to sample comes from --prompt or from --from_file; {given}")
-    if chosen.from_file is None:
-        entries = [PromptEntry(str(chosen.prompt), "--prompt")]
-    else:
-        entries = read_prompts(chosen.from_file)
-    common = _common_values(family, options)
-    requests, faults = [], []
-    for entry in entries:
-        seed = secrets.randbits(32) if chosen.seed is None else chosen.seed
-        try:
-            said = entry.given(embedded=common["embedded_guidance"] is not None)
-            request = Request(**({"seed": seed} | common | said))
-            request.shape(family.spec.latents)
-        except UserError as fault:
-            faults.append(str(fault) if chosen.from_file is None else f"{entry.where}: {fault}")
-        else:
-            requests.append(request)
-    if faults:
-        raise UserError("; ".join(faults))
-    _tell_what_has_no_effect(options, entries, requests)
-    return requests
+    return [PromptEntry(str(chosen.prompt), "--prompt")] if chosen.from_file is None else read_prompts(chosen.from_file)
+
+
+def _request(
+    family: Family, options: Resolved, common: Mapping[str, Any], given: dict[str, Any], entry: PromptEntry
+) -> Request:
+    """One entry's request: what only the family understands goes to it, pictures that it does not take are left out."""
+    said = dict(entry.said)
+    if isinstance(family, OwnSampling) and "frames" in given:
+        said["f"] = str(given.pop("frames"))
+    values = {**common, **given}
+    left_out = pictures.unserved(values, family.spec)
+    values = {name: value for name, value in values.items() if name not in left_out}
+    return pictures.planned(family, _own(family, options), values, said)
 
 
 def _common_values(family: Family, options: Resolved) -> dict[str, Any]:
     """What the command line says of every request, the task's defaults where it says nothing."""
     task, chosen, solver = task_defaults(family.spec, options), options[PromptOptions], options[SolverOptions]
+    plans = isinstance(family, OwnSampling)  # then what is not given is left to it
     height, width = chosen.video_size or (task.size[1], task.size[0])
     return {
         "negative": chosen.negative_prompt or "",
         "height": height,
         "width": width,
-        "frames": _or(chosen.video_length, task.frames),
+        "frames": _or(chosen.video_length, None if plans else task.frames),
         "fps": _or(chosen.fps, task.fps),
         "steps": _or(solver.infer_steps, task.steps),
         "guidance": _or(solver.guidance_scale, task.guidance),
         "embedded_guidance": _embedded(task, solver.embedded_cfg_scale),
-        "shift": _or(solver.flow_shift, _or(task.shift, 1.0)),
+        "shift": _or(solver.flow_shift, _or(task.shift, None if plans else 1.0)),
         "solver": _or(solver.sample_solver, task.solver),
+        "image": chosen.image_path,
+        "end_image": chosen.end_image_path,
+        "control_images": chosen.control_image_path,
     }
 
 
@@ -156,9 +282,13 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _tell_what_has_no_effect(options: Resolved, entries: Sequence[PromptEntry], requests: Sequence[Request]) -> None:
+def _tell_what_has_no_effect(
+    options: Resolved, entries: Sequence[PromptEntry], requests: Sequence[Request], idle: Collection[str]
+) -> None:
     if options.given("negative_prompt") and not any(r.guided for r in requests):
         log.warning("--negative_prompt has no effect: guidance is off at --guidance_scale 1")
+    if idle:
+        log.warning("without effect, since this model takes no such pictures: %s", ", ".join(sorted(idle)))
     unserved = sorted({name for entry in entries for name in entry.unserved})
     if unserved:
         log.warning("in the prompt file, without effect here: %s", ", ".join(unserved))
@@ -191,16 +321,29 @@ def _open(family: Family, options: Resolved) -> OpenDit:
     ]
     config = read_model_config(options.as_dict().get("model_config"))
     own = [options[group] for group in family.option_groups("generate")][1:]
-    more = {"options": own[0] if own else None, "attn_mode": chosen.attn_mode}
-    return open_dit(family, chosen.dit, merges=merges, config=config, **more)
+    return open_dit(
+        family,
+        chosen.dit,
+        merges=merges,
+        config=config,
+        options=own[0] if own else None,
+        attn_mode=chosen.attn_mode,
+        split_attn=chosen.split_attn,
+    )
 
 
 def _sample(
-    sampler: Sampler, requests: Sequence[Request], prompts: Prompts, writer: "Writer", *, batch: int
+    sampler: Sampler,
+    requests: Sequence[Request],
+    prompts: Prompts,
+    seen: pictures.Pictures,
+    writer: "Writer",
+    *,
+    batch: int,
 ) -> list[tuple[Request, str, Tensor]]:
     """(request, name of its files, latents on the CPU) of every request; latents that are asked for are written."""
     found = []
-    for request, latents in sampler.latents(requests, prompts, batch=batch):
+    for request, latents in sampler.latents(requests, prompts, seen, batch=batch):
         stem = writer.stem(request)
         writer.latents(request, stem, latents)
         found.append((request, stem, latents))
@@ -208,9 +351,9 @@ def _sample(
 
 
 def _load_vae(family: Family, options: Resolved, device: torch.device) -> Vae:
-    chosen, own = options[ModelOptions], [options[group] for group in family.option_groups("generate")]
+    chosen = options[ModelOptions]
     dtype = DTYPES[chosen.vae_dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    return family.load_vae(str(chosen.vae), device=device, dtype=dtype, options=own[0] if own else None)
+    return family.load_vae(str(chosen.vae), device=device, dtype=dtype, options=_own(family, options))
 
 
 def _decoded(vae: Vae, latents: Tensor, device: torch.device) -> Tensor:

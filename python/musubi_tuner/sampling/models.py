@@ -7,7 +7,7 @@ turns every distinct prompt into its condition once, and lets go. `open_dit` set
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -57,13 +57,16 @@ def encode_prompts(
     device: torch.device,
     dtype: torch.dtype,
     progress: bool = True,
+    also: Callable[[Encoders], None] | None = None,
 ) -> Prompts:
-    """Load the encoders that `options` (the family's own group) name, encode, and free them."""
+    """Load the encoders that `options` (the family's own group) name, encode, let `also` use them too, free them."""
     encoders = family.load_encoders(options, device=device, dtype=dtype)
     if encoders is None:
         hint = f" with --{fields(options)[0].name}" if is_dataclass(options) else ""
         raise UserError(f"prompts cannot be encoded without {family.spec.name}'s text encoder: name its file{hint}")
     found = encode(family, encoders, requests, progress=progress)
+    if also is not None:
+        also(encoders)
     del encoders
     release(device)
     return found
@@ -140,6 +143,7 @@ def open_dit(
     config: Mapping[str, Any] | None = None,
     options: Any = None,
     attn_mode: str = "sdpa",
+    split_attn: bool = False,
 ) -> OpenDit:
     """Build the transformer of a checkpoint on meta and match `merges` with it; `options`: the family's own group.
 
@@ -148,6 +152,6 @@ def open_dit(
     """
     with open_checkpoint(path) as checkpoint:
         dit = family.build_dit(checkpoint.header, config, options)
-    set_mode(dit, attn_mode)
+    set_mode(dit, attn_mode, split=split_attn)
     shapes = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
     return OpenDit(family, path, dit, tuple(_Bound(merge.bind(shapes)) for merge in merges))

@@ -1,6 +1,8 @@
 """Options of the generate command, in the established names."""
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved, option
@@ -8,7 +10,11 @@ from musubi_tuner.families.base import FamilySpec, SamplingDefaults
 from musubi_tuner.flow.solvers import SOLVERS
 from musubi_tuner.memory.placement import DTYPES, dtype_name
 from musubi_tuner.nn.attention import MODES
+from musubi_tuner.nn.compiling import MODES as COMPILE_MODES
+from musubi_tuner.nn.compiling import CompileOptions, CompileSettings, settings_of
 from musubi_tuner.sampling.request import MAX_SEED, MAX_STEPS
+
+log = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("video", "images", "latent", "both", "latent_images")
 _ATTENTION = {"torch": "sdpa", "flash2": "flash"}
@@ -42,6 +48,7 @@ class ModelOptions:
         choices=MODES,
         parse=lambda text: _ATTENTION.get(text, text),
     )
+    split_attn: bool = option(False, help="attend sample by sample where captions of a batch have different lengths")
     device: str | None = option(None, help="where to compute, e.g. cuda:1 or cpu; CUDA when present if not given")
 
 
@@ -61,8 +68,14 @@ class PromptOptions:
     prompt: str | None = option(None, help="text to sample from")
     negative_prompt: str | None = option(None, help="text to lead away from, where guidance is on; empty if not given")
     from_file: str | None = option(
-        None, help="prompt file: one prompt per line with its own --w --h --f --d --s --l --fs --n", metavar="FILE"
+        None,
+        help="prompt file: one prompt per line with its own --w --h --f --d --s --g --l --fs --n --i --ei --ci",
+        metavar="FILE",
     )
+    interactive: bool = option(False, help="read such lines from the terminal, with the models kept loaded")
+    image_path: str | None = option(None, help="picture that the video begins with, or goes on from", metavar="FILE")
+    end_image_path: str | None = option(None, help="picture that the video ends with", metavar="FILE")
+    control_image_path: tuple[str, ...] = option((), help="control pictures", metavar="FILE")
     video_size: tuple[int, int] | None = option(
         None, help="height and width in pixels, in this order; the task's if not given", minimum=1
     )
@@ -111,6 +124,39 @@ class OutputOptions:
     latent_path: tuple[str, ...] = option((), help="decode these latent files instead of sampling")
     trim_tail_frames: int = option(0, help="frames to drop from the end of each sample", minimum=0)
     no_metadata: bool = option(False, help="write files without the prompt and settings that made them")
+
+
+@dataclass(frozen=True)
+class CompileArgs:
+    """Compilation, in older words"""
+
+    compile_args: tuple[str, str, str, str] | None = option(
+        None,
+        help="with compile: backend, mode, dynamic and fullgraph in one; the compile_* options are clearer",
+        metavar="WORD",
+    )
+
+
+def compile_settings(options: Resolved, environment: Mapping[str, str]) -> CompileSettings | None:
+    """What to compile the blocks with; None for nothing. Raises UserError."""
+    chosen, words = options[CompileOptions], options[CompileArgs].compile_args
+    if words is not None and chosen.compile:
+        backend, mode, dynamic, fullgraph = words
+        if mode not in COMPILE_MODES or not {dynamic.lower(), fullgraph.lower()} <= {"true", "false"}:
+            raise UserError(
+                f"--compile_args {' '.join(words)}: give backend, mode ({', '.join(COMPILE_MODES)}), dynamic and "
+                "fullgraph (True or False)"
+            )
+        chosen = replace(
+            chosen,
+            compile_backend=backend,
+            compile_mode=mode,
+            compile_dynamic=dynamic.lower(),
+            compile_fullgraph=fullgraph.lower() == "true",
+        )
+    elif words is not None:
+        log.warning("--compile_args has no effect without --compile")
+    return settings_of(chosen, environment)
 
 
 def task_defaults(spec: FamilySpec, options: Resolved) -> SamplingDefaults:

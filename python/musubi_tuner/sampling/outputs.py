@@ -37,7 +37,7 @@ def to_bytes(pixels: Tensor) -> Tensor:
 
 def describe(request: Request) -> dict[str, str]:
     """The request as text, for metadata."""
-    return {name: str(value) for name, value in asdict(request).items() if value is not None}
+    return {name: str(value) for name, value in asdict(request).items() if value not in (None, ())}
 
 
 def write_png(path: Path, frame: Tensor, text: Mapping[str, str] | None = None) -> None:

@@ -8,14 +8,16 @@ have one size; what a request gives does not depend on its neighbours but for th
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.families.base import Conditioning, Dit, Family, Vae
+from musubi_tuner.families.base import Conditioning, Dit, Family, OwnSampling, Tools, Vae
 from musubi_tuner.flow import solvers
 from musubi_tuner.flow.schedules import Schedule
 from musubi_tuner.flow.solvers import Solve, Velocity
@@ -23,7 +25,9 @@ from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.sampling.guidance import Branch, classifier_free, classifier_free_joint, on_device
 from musubi_tuner.sampling.models import Prompts
 from musubi_tuner.sampling.outputs import to_bytes
+from musubi_tuner.sampling.pictures import Pictures
 from musubi_tuner.sampling.request import Request, initial_noise
+from musubi_tuner.sampling.step_cache import StepCache
 
 
 def _direct() -> Run:
@@ -82,6 +86,7 @@ class Sampler:
     """A loaded transformer to sample with. dtype, make_run: as in `denoise`.
 
     joint: guidance by one call of twice the batch; faster where a model is small for its device, for more memory.
+    options: the family's own, for one that samples in its own way. cache: of steps, fresh for each branch of each run.
     """
 
     family: Family
@@ -90,9 +95,17 @@ class Sampler:
     dtype: torch.dtype | None = None
     make_run: Callable[[], Run] = _direct
     joint: bool = False
+    options: Any = None
+    cache: StepCache | None = None
 
     def latents(
-        self, requests: Sequence[Request], prompts: Prompts, *, batch: int = 1, progress: bool = True
+        self,
+        requests: Sequence[Request],
+        prompts: Prompts,
+        pictures: Pictures | None = None,
+        *,
+        batch: int = 1,
+        progress: bool = True,
     ) -> Iterator[tuple[Request, Tensor]]:
         """(request, its latents [C, F, H, W], float32 on the CPU) in the order given, `batch` of a kind together.
 
@@ -103,20 +116,53 @@ class Sampler:
         done = 0
         for group in _batches(requests, batch):
             label = f"{_numbers(done, len(group))}/{len(requests)}" if len(requests) > 1 else "sampling"
-            found = self._together(group, prompts, label if progress else None)
+            shown = label if progress else None
+            if isinstance(self.family, OwnSampling):
+                found = [self._by_family(self.family, r, prompts, pictures or {}, shown) for r in group]
+            else:
+                found = self._together(group, prompts, pictures or {}, shown)
+            _require_finite(found, group)
             done += len(group)
             yield from zip(group, found, strict=True)
 
-    def _together(self, group: Sequence[Request], prompts: Prompts, label: str | None) -> list[Tensor]:
+    def _together(
+        self, group: Sequence[Request], prompts: Prompts, pictures: Pictures, label: str | None
+    ) -> list[Tensor]:
         """Latents of requests that differ in prompt and seed only."""
-        first = group[0]
-        solver = solvers.get(first.solver)
-        with_prompt = [_entry(r, prompts[r.prompt]) for r in group]
-        without = [_entry(r, prompts[r.negative]) for r in group] if first.guided else []
-        collate, joint = self.family.collate, self.joint and first.guided
+        first, seen = group[0], [pictures.get(r, {}) for r in group]
+        with_prompt = [{**_entry(r, prompts[r.prompt]), **p} for r, p in zip(group, seen, strict=True)]
+        without = [{**_entry(r, prompts[r.negative]), **p} for r, p in zip(group, seen, strict=True) if first.guided]
         noise = torch.stack([initial_noise(r, self.family.spec) for r in group])
+        return list(self._denoised(first, noise, with_prompt, without, label))
+
+    def _by_family(
+        self, family: OwnSampling, request: Request, prompts: Prompts, pictures: Pictures, label: str | None
+    ) -> Tensor:
+        """Latents of a request whose family has a loop of its own around `denoise`."""
+        draws = torch.Generator().manual_seed(request.seed)
+        with_prompt = _entry(request, prompts[request.prompt])
+        without = [_entry(request, prompts[request.negative])] if request.guided else []
+
+        def part(noise: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+            texts = [{**with_prompt, **fields}], [{**entry, **fields} for entry in without]
+            return self._denoised(request, noise[None], *texts, label)[0]
+
+        tools = Tools(part, lambda shape: torch.randn(tuple(shape), generator=draws))
+        return family.generate(self.options, request.item(request.prompt), pictures.get(request, {}), tools)
+
+    def _denoised(
+        self,
+        first: Request,
+        noise: Tensor,
+        with_prompt: Sequence[Mapping[str, Tensor]],
+        without: Sequence[Mapping[str, Tensor]],
+        label: str | None,
+    ) -> Tensor:
+        """Latents of `noise: [B, C, F, H, W]` by the settings of `first`, on the CPU."""
+        solver, collate, joint = solvers.get(first.solver), self.family.collate, self.joint and first.guided
+        make_run = self.make_run if self.cache is None else partial(self.cache.run, first.steps)
         with evaluating(self.dit):
-            found = denoise(
+            return denoise(
                 self.family,
                 self.dit,
                 noise.to(self.device),
@@ -126,12 +172,10 @@ class Sampler:
                 solver=solver.solve,
                 guidance=first.guidance,
                 both=collate([*with_prompt, *without]) if joint else None,
-                make_run=self.make_run,
+                make_run=make_run,
                 dtype=self.dtype,
                 progress=label,
             ).cpu()
-        _require_finite(found, group)
-        return list(found)
 
 
 @torch.no_grad()
@@ -145,6 +189,7 @@ def render(
     vae: Vae,
     requests: Sequence[Request],
     prompts: Prompts,
+    pictures: Pictures | None = None,
     *,
     batch: int = 1,
     progress: bool = True,
@@ -154,7 +199,7 @@ def render(
     `prompts` holds a condition for every text of the requests (`models.encode` or `models.encode_prompts`).
     """
     frames: list[Tensor] = []
-    found = sampler.latents(requests, prompts, batch=batch, progress=progress)
+    found = sampler.latents(requests, prompts, pictures, batch=batch, progress=progress)
     for _, pairs in groupby(found, key=lambda pair: pair[1].shape):
         same_size = [latents for _, latents in pairs]
         for start in range(0, len(same_size), batch):
@@ -194,7 +239,7 @@ def _numbers(done: int, count: int) -> str:
     return f"sampling {done + 1}" if count == 1 else f"sampling {done + 1}-{done + count}"
 
 
-def _require_finite(latents: Tensor, group: Sequence[Request]) -> None:
+def _require_finite(latents: Sequence[Tensor], group: Sequence[Request]) -> None:
     for request, sample in zip(group, latents, strict=True):
         if not bool(torch.isfinite(sample).all()):
             raise UserError(

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,10 @@ else:
 
 @dataclass(frozen=True)
 class PromptEntry:
-    """A prompt and what its entry says; None: not said. `unserved`: options that have no effect here yet."""
+    """A prompt and what its entry says; None: not said. `unserved`: options that have no effect here yet.
+
+    said: options that only some families understand, by their names in a line.
+    """
 
     prompt: str
     where: str
@@ -39,6 +42,10 @@ class PromptEntry:
     embedded_guidance: float | None = None
     shift: float | None = None
     negative: str | None = None
+    image: str | None = None
+    end_image: str | None = None
+    control_images: tuple[str, ...] | None = None
+    said: Mapping[str, str] = field(default_factory=dict)
     unserved: tuple[str, ...] = ()
 
     def given(self, *, embedded: bool = False) -> dict[str, Any]:
@@ -46,7 +53,7 @@ class PromptEntry:
 
         embedded: the transformer has embedded guidance; otherwise its scale stands for the one that is not given.
         """
-        skipped = ("where", "unserved")
+        skipped = ("where", "unserved", "said")
         said = {f.name: v for f in fields(self) if f.name not in skipped and (v := getattr(self, f.name)) is not None}
         if not embedded and "embedded_guidance" in said:
             said.setdefault("guidance", said.pop("embedded_guidance"))
@@ -64,10 +71,15 @@ LINE_OPTIONS: Mapping[str, str] = {
     "l": "guidance",
     "fs": "shift",
     "n": "negative",
+    "i": "image",
+    "ei": "end_image",
+    "ci": "control_images",
 }
-"""Options of a line, by the field they set; `l` is the scale of classifier-free guidance."""
+"""Options of a line, by the field they set; `l` is the scale of classifier-free guidance, `ci` may come repeatedly."""
 
-LINE_UNSERVED = ("i", "ei", "im", "cn", "ci", "cim", "of", "vs", "m", "mcrr", "mct", "mck")
+LINE_SAID = ("of", "vs")
+"""Options that a family may understand: one-frame settings, number of sections."""
+LINE_UNSERVED = ("im", "cn", "cim", "m", "mcrr", "mct", "mck")
 
 TABLE_KEYS: Mapping[str, str] = {
     "prompt": "prompt",
@@ -81,17 +93,19 @@ TABLE_KEYS: Mapping[str, str] = {
     "guidance_scale": "embedded_guidance",
     "cfg_scale": "guidance",
     "discrete_flow_shift": "shift",
+    "image_path": "image",
+    "end_image_path": "end_image",
+    "control_image_path": "control_images",
 }
 """Keys of a TOML or JSON entry."""
 
+TABLE_SAID: Mapping[str, str] = {"one_frame": "of", "video_sections": "vs"}
+"""Further keys, by the option of a line that they stand for."""
+
 TABLE_UNSERVED = (
     "enum",
-    "image_path",
-    "end_image_path",
     "control_video_path",
-    "control_image_path",
     "control_image_mask_path",
-    "one_frame",
 )
 
 _WHOLE = ("width", "height", "frames", "fps", "seed", "steps")
@@ -117,20 +131,27 @@ def parse_line(line: str, where: str = "prompt") -> PromptEntry:
     """One line's entry. Raises UserError naming the option at fault."""
     prompt, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line.strip())
     found: dict[str, str] = {}
+    said: dict[str, str] = {}
+    controls: list[str] = []
     unserved = []
     for option in options:
         name, _, value = option.strip().partition(" ")
         if name in LINE_UNSERVED:
             unserved.append(f"--{name}")
-        elif name not in LINE_OPTIONS:
-            allowed = ", ".join(f"--{known}" for known in LINE_OPTIONS)
+        elif name not in LINE_OPTIONS and name not in LINE_SAID:
+            allowed = ", ".join(f"--{known}" for known in (*LINE_OPTIONS, *LINE_SAID))
             raise UserError(f"{where}: --{name} is not an option of a prompt line; use {allowed}")
         elif not value.strip() and name != "n":
             raise UserError(f"{where}: --{name} needs a value")
+        elif name in LINE_SAID:
+            said[name] = value.strip()
+        elif name == "ci":
+            controls.append(value.strip())
         else:
             found[name] = value.strip()
     values = {LINE_OPTIONS[n]: _value(LINE_OPTIONS[n], v, f"{where}: --{n}") for n, v in _in_order(found, LINE_OPTIONS)}
-    return PromptEntry(prompt.strip(), where, unserved=tuple(unserved), **values)
+    pictures = tuple(controls) or None
+    return PromptEntry(prompt.strip(), where, control_images=pictures, said=said, unserved=tuple(unserved), **values)
 
 
 def _lines(name: str, text: str) -> list[PromptEntry]:
@@ -163,14 +184,15 @@ def _tables(file: Path, kind: str, text: str) -> list[PromptEntry]:
 
 def _entry(where: str, table: Mapping[str, Any]) -> PromptEntry:
     for key in table:
-        if key not in TABLE_KEYS and key not in TABLE_UNSERVED:
+        if key not in TABLE_KEYS and key not in TABLE_UNSERVED and key not in TABLE_SAID:
             close = nearest(key, TABLE_KEYS)
             hint = f"did you mean {close}?" if close else f"use {', '.join(TABLE_KEYS)}"
             raise UserError(f"{where}: {key} is not a key of a prompt; {hint}")
     values = {TABLE_KEYS[k]: _value(TABLE_KEYS[k], v, f"{where}: {k}") for k, v in _in_order(table, TABLE_KEYS)}
     if "prompt" not in values:
         raise UserError(f"{where}: the key prompt is missing")
-    return PromptEntry(where=where, unserved=tuple(k for k in table if k in TABLE_UNSERVED), **values)
+    said = {TABLE_SAID[key]: str(value) for key, value in table.items() if key in TABLE_SAID}
+    return PromptEntry(where=where, said=said, unserved=tuple(k for k in table if k in TABLE_UNSERVED), **values)
 
 
 def _in_order(found: Mapping[str, Any], known: Mapping[str, str]) -> list[tuple[str, Any]]:
@@ -180,7 +202,12 @@ def _in_order(found: Mapping[str, Any], known: Mapping[str, str]) -> list[tuple[
 
 def _value(field: str, value: Any, where: str) -> Any:
     """`value` as the field's type. Raises UserError."""
-    if field in ("prompt", "negative"):
+    if field == "control_images":
+        paths = (value,) if isinstance(value, str) else value
+        if isinstance(paths, (list, tuple)) and all(isinstance(path, str) for path in paths):
+            return tuple(paths)
+        raise UserError(f"{where} = {value!r}: must be the path of a picture, or a list of them")
+    if field in ("prompt", "negative", "image", "end_image"):
         if isinstance(value, str):
             return value
         raise UserError(f"{where} = {value!r}: must be text")

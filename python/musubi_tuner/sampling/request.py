@@ -24,7 +24,8 @@ class Request:
 
     guidance: scale of classifier-free guidance; 1 turns it off, and `negative` is then not looked at. shift: of the
     time grid. solver: a name of `flow.solvers.SOLVERS`. fps: of a written video. embedded_guidance: what the
-    transformer is told, None where it has no such input.
+    transformer is told, None where it has no such input. image, end_image, control_images: files. said: what only the
+    family understands, by the names of a prompt line's options.
     """
 
     prompt: str
@@ -39,8 +40,15 @@ class Request:
     solver: str = "unipc"
     negative: str = ""
     embedded_guidance: float | None = None
+    image: str | None = None
+    end_image: str | None = None
+    control_images: tuple[str, ...] = ()
+    said: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
+        # a request that comes back from metadata has lists
+        object.__setattr__(self, "control_images", tuple(self.control_images))
+        object.__setattr__(self, "said", tuple((name, value) for name, value in self.said))
         rules = (
             ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}"),
             ("steps", self.steps, 1 <= self.steps <= MAX_STEPS, f"1 to {MAX_STEPS}"),
@@ -57,6 +65,12 @@ class Request:
         """True when a second branch, with the negative prompt, is needed."""
         return self.guidance != 1.0
 
+    @property
+    def pictures(self) -> tuple[tuple[str, str], ...]:
+        """(role, file) of each picture: `start`, `end`, `control`."""
+        found = [("start", self.image), ("end", self.end_image), *(("control", path) for path in self.control_images)]
+        return tuple((role, path) for role, path in found if path)
+
     def summary(self) -> str:
         """One line for the log."""
         size = f"{self.width} x {self.height}" + (f" x {self.frames} frames" if self.frames > 1 else "")
@@ -65,7 +79,7 @@ class Request:
 
     def item(self, caption: str) -> Item:
         """The request as an item without a target, for the family's encode calls."""
-        return Item(caption, frames=self.frames, height=self.height, width=self.width)
+        return Item(caption, frames=self.frames, height=self.height, width=self.width, said=dict(self.said))
 
     def shape(self, geometry: LatentGeometry) -> tuple[int, int, int, int]:
         """Latent shape [C, F, H, W]. Raises UserError with sizes that fit."""

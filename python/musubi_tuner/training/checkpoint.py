@@ -66,6 +66,10 @@ class States(Protocol):
         ...
 
 
+def tell_nobody(_path: Path) -> None:
+    """For runs that keep what they save to themselves."""
+
+
 def state_of(file: Path) -> Path:
     """The state folder that belongs to a saved file."""
     return file.with_name(f"{file.stem}-state")
@@ -92,6 +96,8 @@ class Saver(Quiet):
     last_state: bool = False
     leads: bool = True
     state: State = field(default_factory=State)
+    saved: Callable[[Path], None] = tell_nobody
+    """Told of every file and state that is whole."""
     whole: list[Path] = field(default_factory=list)
     """What this run has saved and not removed again."""
 
@@ -150,6 +156,7 @@ class Saver(Quiet):
         self.whole.append(path)
         if self.leads:
             log.info("saved %s", path)
+        self.saved(path)
 
     def _remove(self, number: int | None, path_of: Callable[[int], Path]) -> None:
         if number is None or not self.leads or not (path := path_of(number)).exists():

@@ -23,6 +23,8 @@ from musubi_tuner.training.config import (
     SampleOptions,
     TimestepOptions,
 )
+from musubi_tuner.training.hub import HubOptions
+from musubi_tuner.training.retention import StateOptions
 from musubi_tuner.training.tracker import tracker_config
 
 
@@ -39,6 +41,14 @@ def _faults(options: Resolved) -> Iterator[str]:
         yield "--fp8_scaled says how --fp8_base quantises: give both, or neither"
     if model.full_finetune and (model.fp8_base or options[NetworkOptions].network_weights):
         yield "--full_finetune trains the weights themselves: leave out --fp8_base and --network_weights"
+    if model.full_fp16:
+        yield "--full_fp16: gradients in float16 underflow; use --full_bf16, or float32 weights without either"
+    if model.full_finetune and model.dit_dtype not in (None, "bfloat16" if model.full_bf16 else model.dit_dtype):
+        yield f"--full_bf16 and dit_dtype = {model.dit_dtype} contradict each other: keep one"
+    if model.full_finetune and model.dit_dtype == "float16":
+        yield "dit_dtype = float16 with --full_finetune: gradients underflow; use bfloat16 or float32"
+    if options[HubOptions].resume_from_huggingface and not options[StateOptions].resume:
+        yield "--resume_from_huggingface fetches what --resume names: give both"
     if model.attn_mode == "sageattn":
         yield "attn_mode = sageattn has no backward pass: use sdpa or flash for training"
     if len(model.base_weights_multiplier) > len(model.base_weights):
@@ -92,6 +102,24 @@ def ineffective(options: Resolved) -> list[str]:
 def _unread(options: Resolved) -> Iterator[tuple[str, str]]:
     times, rate, run = options[TimestepOptions], options[OptimizerOptions], options[RunOptions]
     yield from _unread_timesteps(times)
+    yield from _unread_rate(rate)
+    if not run.gradient_checkpointing:
+        yield "gradient_checkpointing_cpu_offload", "without gradient_checkpointing"
+    if run.max_train_epochs is not None:
+        yield "max_train_steps", "beside max_train_epochs"
+    yield from _unread_finetune(options[ModelOptions])
+    yield from _unread_logs(options[LogOptions])
+    yield from _unread_hub(options[HubOptions])
+    yield from _unread_fp8(options[ModelOptions])
+    yield from _unread_compile(options[CompileOptions])
+    if options[NetworkOptions].dim_from_weights:
+        for name in ("network_dim", "network_alpha"):
+            yield name, "beside dim_from_weights"
+    if options[SampleOptions].sample_every_n_epochs is not None:
+        yield "sample_every_n_steps", "beside sample_every_n_epochs"
+
+
+def _unread_rate(rate: OptimizerOptions) -> Iterator[tuple[str, str]]:
     curves = ("lr_decay_steps", "lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_timescale")
     row = SCHEDULES.get(rate.lr_scheduler.lower())
     for name in (*curves, "lr_scheduler_min_lr_ratio"):
@@ -102,22 +130,16 @@ def _unread(options: Resolved) -> Iterator[tuple[str, str]]:
     if rate.lr_scheduler_type:
         yield "lr_scheduler", "beside lr_scheduler_type"
         yield "lr_warmup_steps", f"with lr_scheduler_type = {rate.lr_scheduler_type}"
-    if not run.gradient_checkpointing:
-        yield "gradient_checkpointing_cpu_offload", "without gradient_checkpointing"
-    if run.max_train_epochs is not None:
-        yield "max_train_steps", "beside max_train_epochs"
-    if options[ModelOptions].full_finetune:
+
+
+def _unread_finetune(model: ModelOptions) -> Iterator[tuple[str, str]]:
+    if model.full_finetune:
         for name in ("network_module", "network_dim", "network_alpha", "network_dropout", "network_args"):
             yield name, "with full_finetune"
         yield "scale_weight_norms", "with full_finetune"
-    yield from _unread_logs(options[LogOptions])
-    yield from _unread_fp8(options[ModelOptions])
-    yield from _unread_compile(options[CompileOptions])
-    if options[NetworkOptions].dim_from_weights:
-        for name in ("network_dim", "network_alpha"):
-            yield name, "beside dim_from_weights"
-    if options[SampleOptions].sample_every_n_epochs is not None:
-        yield "sample_every_n_steps", "beside sample_every_n_epochs"
+    else:
+        for name in ("trainable_modules", "full_bf16"):
+            yield name, "without full_finetune"
 
 
 def _unread_timesteps(times: TimestepOptions) -> Iterator[tuple[str, str]]:
@@ -149,6 +171,13 @@ def _unread_logs(logs: LogOptions) -> Iterator[tuple[str, str]]:
     if "wandb" not in logs.boards:
         for name in ("wandb_run_name", "wandb_api_key"):
             yield name, "without log_with = wandb"
+
+
+def _unread_hub(hub: HubOptions) -> Iterator[tuple[str, str]]:
+    if hub.huggingface_repo_id is None:
+        names = ("huggingface_path_in_repo", "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload")
+        for name in (*names, *(() if hub.resume_from_huggingface else ("huggingface_token", "huggingface_repo_type"))):
+            yield name, "without huggingface_repo_id"
 
 
 def _unread_fp8(model: ModelOptions) -> Iterator[tuple[str, str]]:

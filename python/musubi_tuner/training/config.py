@@ -17,6 +17,8 @@ from musubi_tuner.memory.placement import DTYPES, dtype_name
 from musubi_tuner.nn.attention import MODES
 from musubi_tuner.nn.compiling import CompileOptions
 from musubi_tuner.optim.schedules import SCHEDULES, steps_or_ratio
+from musubi_tuner.training.hub import HubOptions
+from musubi_tuner.training.machine import MachineOptions
 from musubi_tuner.training.retention import StateOptions
 
 SAVE_DTYPES = {"float": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -49,11 +51,23 @@ class ModelOptions:
             "--xformers": "xformers",
         },
     )
+    split_attn: bool = option(False, help="attend sample by sample where captions of a batch have different lengths")
     base_weights: tuple[str, ...] = option((), help="LoRA files to merge into the base before training")
     base_weights_multiplier: tuple[float, ...] = option(
         (), help="a multiplier for each of base_weights; 1 if not given"
     )
+    dit_dtype: str | None = option(
+        None,
+        help="dtype of the frozen weights where they are not FP8; that of mixed_precision if not given",
+        choices=tuple(DTYPES),
+        parse=dtype_name,
+    )
     full_finetune: bool = option(False, help="train every weight of the transformer in place of an adapter")
+    trainable_modules: tuple[str, ...] = option(
+        (), help="with full_finetune, train only weights whose name has one of these parts", metavar="TEXT"
+    )
+    full_bf16: bool = option(False, help="with full_finetune, keep weights and gradients in bfloat16")
+    full_fp16: bool = option(False, help="not served: gradients in float16 underflow; use full_bf16")
 
 
 @dataclass(frozen=True)
@@ -262,4 +276,6 @@ GROUPS: tuple[type, ...] = (
     StateOptions,
     LogOptions,
     SampleOptions,
+    HubOptions,
+    MachineOptions,
 )

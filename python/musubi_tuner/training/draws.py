@@ -16,7 +16,7 @@ from torch import Tensor
 
 from musubi_tuner.flow import keyed
 from musubi_tuner.flow.strata import stratified
-from musubi_tuner.flow.timesteps import Distribution, uniform
+from musubi_tuner.flow.timesteps import Distribution, one_side, uniform
 
 if TYPE_CHECKING:
     from musubi_tuner.data.batches import Batch
@@ -77,13 +77,16 @@ class KeyedDraws:
     """Draws that depend on (seed, epoch, item) alone.
 
     distribution: latent shape [C, F, H, W] -> that of t. begin_step: told (seed, epoch, items) before every forward
-    pass, for keyed dropout (`AdapterSet.begin_step`). buckets: stratify t over the items of an epoch.
+    pass, for keyed dropout (`AdapterSet.begin_step`). buckets: stratify t over the items of an epoch. boundary: for two
+    models that share the noise levels. A batch then lies on one side of it, that of its first item: the others' t
+    depends on the batch too, and their buckets divide the side instead of the whole.
     """
 
     seed: int
     distribution: Callable[[Sequence[int]], Distribution] = lambda _shape: uniform()
     begin_step: Callable[[int, int, tuple[int, ...]], None] | None = None
     buckets: Buckets | None = None
+    boundary: float | None = None
 
     def noise(self, batch: Batch) -> Tensor:
         shape = batch.latents.shape[1:]
@@ -93,7 +96,8 @@ class KeyedDraws:
         u = torch.stack([keyed.uniform((), self.seed, batch.epoch, item, "t") for item in batch.items])
         if self.buckets is not None:
             u = self.buckets.stratified(u, self.seed, batch.epoch, batch.items)
-        return self.distribution(batch.latents.shape[1:]).quantile(u)
+        of = self.distribution(batch.latents.shape[1:])
+        return of.quantile(u) if self.boundary is None else one_side(of, u, self.boundary)
 
     def begin(self, batch: Batch) -> None:
         if self.begin_step is not None:

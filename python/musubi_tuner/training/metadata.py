@@ -88,7 +88,7 @@ def _run(spec: FamilySpec, options: Resolved, facts: Facts) -> dict[str, Any]:
         "ss_max_grad_norm": rate.max_grad_norm,
         "ss_fp8_base": model.fp8_base,
         "ss_full_fp16": False,
-        "ss_full_bf16": False,
+        "ss_full_bf16": model.full_finetune and model.full_bf16,
         "ss_weighting_scheme": times.weighting_scheme,
         "ss_logit_mean": times.logit_mean,
         "ss_logit_std": times.logit_std,

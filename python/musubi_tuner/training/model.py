@@ -20,7 +20,9 @@ from musubi_tuner.adapters.attach import Norms, attach, attach_tensors, parse_ne
 from musubi_tuner.adapters.files import load_lora
 from musubi_tuner.adapters.merge import LoraMerge
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.config.fields import nearest
 from musubi_tuner.families.base import Dit, Family, FamilySpec
+from musubi_tuner.memory.placement import DTYPES
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.sampling.models import OpenDit, open_dit
 from musubi_tuner.training import fp8_report
@@ -89,7 +91,26 @@ def open_model(family: Family, model: ModelOptions, config: Mapping[str, Any] | 
     """
     multipliers = (*model.base_weights_multiplier, *[1.0] * len(model.base_weights))
     merges = [LoraMerge.from_file(p, m, strict=True) for p, m in zip(model.base_weights, multipliers, strict=False)]
-    return open_dit(family, model.dit, merges=merges, config=config, options=options, attn_mode=model.attn_mode)
+    return open_dit(
+        family,
+        model.dit,
+        merges=merges,
+        config=config,
+        options=options,
+        attn_mode=model.attn_mode,
+        split_attn=model.split_attn,
+    )
+
+
+def model_dtype(model: ModelOptions, computing: torch.dtype | None) -> torch.dtype:
+    """The dtype of weights that are not FP8: `dit_dtype`, else that of computing (None: float32). With `full_finetune`
+    float32, or bfloat16 by `full_bf16`. Raises UserError where these cannot be computed with."""
+    chosen = "bfloat16" if model.full_bf16 and model.full_finetune else model.dit_dtype
+    if chosen is None:
+        return torch.float32 if model.full_finetune else computing or torch.float32
+    if computing is None and DTYPES[chosen] != torch.float32:
+        raise UserError(f"{chosen} weights need --mixed_precision bf16 (or fp16): without, float32 is computed")
+    return DTYPES[chosen]
 
 
 def weight_policy(spec: FamilySpec, model: ModelOptions, dtype: torch.dtype) -> WeightPolicy:
@@ -165,16 +186,44 @@ def adapter(
 
 
 def whole_model(
-    dit: Dit, opened: OpenDit, runtime: LocalRuntime, *, rate: float, save_dtype: torch.dtype | None
+    dit: Dit,
+    opened: OpenDit,
+    runtime: LocalRuntime,
+    *,
+    rate: float,
+    save_dtype: torch.dtype | None,
+    parts: Sequence[str] = (),
 ) -> Trainable:
-    """Every weight of `dit`, unfrozen, in shards where `runtime` says so; saved in the layout of its checkpoint."""
+    """Every weight of `dit`, unfrozen, in shards where `runtime` says so; saved in the layout of its checkpoint.
+
+    parts: train only weights whose name has one of them. Raises UserError where one fits no name.
+    """
     with open_checkpoint(opened.path) as checkpoint:
         header = checkpoint.header
-    dit.requires_grad_(True)
+    wanted = _named(dit, parts)
+    dit.requires_grad_(False)
+    for name, parameter in dit.named_parameters():
+        parameter.requires_grad_(name in wanted)
     runtime.shard(dit, opened.family.spec.blocks)
-    parameters = list(dit.parameters())
+    every = dict(dit.named_parameters())
+    named, total = {name: parameter for name, parameter in every.items() if name in wanted}, len(every)
+    parameters = list(named.values())
     count, here = (sum(p.numel() for p in of) for of in (parameters, map(own_part, parameters)))
-    log.info("training all %s parameters%s", f"{count:,}", f", {here:,} of them here" if here < count else "")
+    some_here = f", {here:,} of them here" if here < count else ""
+    log.info("training %s parameters%s in %d of %d tensors", f"{count:,}", some_here, len(named), total)
     group = {"params": parameters, "lr": rate, "name": "all"}
     write = model_file(dit, header, opened.family.rename_dit_key, save_dtype, leads=runtime.rank == 0)
-    return Trainable([group], write, named=dict(dit.named_parameters()))
+    return Trainable([group], write, named=named)
+
+
+def _named(dit: Dit, parts: Sequence[str]) -> frozenset[str]:
+    """The names of weights that have one of `parts` in them; all of them without any."""
+    every = [name for name, _ in dit.named_parameters()]
+    wanted = frozenset(name for name in every if not parts or any(part in name for part in parts))
+    if unused := [part for part in parts if not any(part in name for name in wanted)]:
+        close = nearest(unused[0], {piece for name in every for piece in name.split(".")}, 0.5)
+        raise UserError(
+            f"trainable_modules: no weight has {', '.join(map(repr, unused))} in its name"
+            + (f"; did you mean {close}?" if close else "")
+        )
+    return wanted

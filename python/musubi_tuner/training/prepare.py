@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from musubi_tuner.config.errors import UserError
@@ -24,8 +24,10 @@ from musubi_tuner.training.config import (
     TimestepOptions,
 )
 from musubi_tuner.training.events import State
+from musubi_tuner.training.hub import HubOptions, Uploads, fetched, open_uploads
 from musubi_tuner.training.loop import Plan
-from musubi_tuner.training.model import check_adapter, open_model
+from musubi_tuner.training.machine import MachineOptions, prepare_machine
+from musubi_tuner.training.model import check_adapter, model_dtype, open_model
 from musubi_tuner.training.optimizer import rehearse
 from musubi_tuner.training.resume import Resume, open_resume, start_of, total_steps
 from musubi_tuner.training.retention import StateOptions
@@ -50,6 +52,7 @@ class Setting:
     resume: Resume | None
     state: State
     """Where the run starts."""
+    uploads: Uploads | None = None
 
 
 def prepare(family: Family, options: Resolved) -> Setting:
@@ -63,18 +66,30 @@ def prepare(family: Family, options: Resolved) -> Setting:
     sizes = read_model_config(options.as_dict().get("model_config"))
     opened = open_model(family, options[ModelOptions], sizes, own[0] if own else None)
     names = Names(output_folder(save.output_dir), output_name(save.output_name))
-    runtime = launched(chosen.mixed_precision)
+    runtime = launched(chosen.mixed_precision, options[MachineOptions].timeout)
     if runtime.sharded:
         _check_sharded(options)
-    resume = open_resume(options[StateOptions])
+    model_dtype(options[ModelOptions], runtime.dtype)
+    prepare_machine(options[MachineOptions], runtime.device)
+    uploads = open_uploads(options[HubOptions]) if runtime.rank == 0 else None
+    states = _states(options)
+    resume = open_resume(states)
     seed = chosen.seed if resume is None or chosen.seed is not None else resume.seed
     seed = runtime.agree(secrets.randbits(32) if seed is None else seed)
     source = _data(family, options[DataOptions], runtime, seed)
-    plan, state = _plan(chosen, options[StateOptions], resume, runtime, source.longest)
+    plan, state = _plan(chosen, states, resume, runtime, source.longest)
     rehearse(options[OptimizerOptions], options[TimestepOptions], family.spec, steps=plan.max_steps)
     if runtime.rank == 0 and (left := remove_leftovers(names.folder, names.name)):
         log.info("removed what a killed run left unfinished: %s", ", ".join(path.name for path in left))
-    return Setting(family, options, runtime, names, seed, opened, source, plan, resume, state)
+    return Setting(family, options, runtime, names, seed, opened, source, plan, resume, state, uploads)
+
+
+def _states(options: Resolved) -> StateOptions:
+    """The options of states; one that lies on the hub is fetched."""
+    states, hub = options[StateOptions], options[HubOptions]
+    if states.resume is None or not hub.resume_from_huggingface:
+        return states
+    return replace(states, resume=fetched(states.resume, hub))
 
 
 def _check_sharded(options: Resolved) -> None:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
-from musubi_tuner.families.base import Dit, Family, FamilySpec, Vae
+from musubi_tuner.families.base import Dit, Encoders, Family, OwnSampling, Vae
 from musubi_tuner.flow import keyed
 from musubi_tuner.memory.placement import DTYPES, dtype_name, release
 from musubi_tuner.optim.build import evaluating
-from musubi_tuner.sampling import outputs
+from musubi_tuner.sampling import outputs, pictures
 from musubi_tuner.sampling.models import Prompts, encode_prompts
 from musubi_tuner.sampling.options import task_defaults
+from musubi_tuner.sampling.pictures import Pictures
 from musubi_tuner.sampling.pipeline import Sampler, decode
 from musubi_tuner.sampling.prompts import PromptEntry, read_prompts
 from musubi_tuner.sampling.request import Request, fitted
@@ -52,56 +53,74 @@ class Encoded:
     requests: tuple[Request, ...]
     prompts: Prompts
     vae: Vae
+    pictures: Pictures = field(default_factory=dict)
+    options: Any = None
+    """The family's own group."""
 
 
-def encode(family: Family, options: Resolved, *, device: torch.device) -> Encoded:
+def encode(family: Family, options: Resolved, *, device: torch.device, dit: Dit | None = None) -> Encoded:
     """Read the prompt file, encode its prompts and load the VAE; the text encoder is gone when this returns.
 
-    Raises UserError for faults of the prompt file, the encoder's files or the VAE.
+    dit: the transformer, opened but not loaded, whose needs the prompts are compared with. Raises UserError for faults
+    of the prompt file, the encoder's files or the VAE.
     """
     chosen = options[SampleOptions]
     if chosen.sample_prompts is None or chosen.vae is None:
         raise UserError("previews need --sample_prompts and --vae")
-    requests = preview_requests(family.spec, options, read_prompts(chosen.sample_prompts))
+    requests = preview_requests(family, options, read_prompts(chosen.sample_prompts))
+    pictures.check_model(dit, requests)
     own = family.option_groups("train")
     encoder_options = options[own[0]] if own else None
     dtype = _vae_dtype(options, device)
     vae = family.load_vae(chosen.vae, device=torch.device("cpu"), dtype=dtype, options=encoder_options)
-    prompts = encode_prompts(family, encoder_options, requests, device=device, dtype=torch.bfloat16)
-    return Encoded(requests, prompts, vae)
+    seen: dict[Request, Mapping[str, Tensor]] = {}
+
+    def encode_pictures(encoders: Encoders) -> None:
+        seen.update(pictures.encode(family, encoders, lambda: vae.to(device), requests, device))
+        if seen:
+            vae.to(torch.device("cpu"))
+
+    prompts = encode_prompts(
+        family, encoder_options, requests, device=device, dtype=torch.bfloat16, also=encode_pictures
+    )
+    return Encoded(requests, prompts, vae, seen, encoder_options)
 
 
-def preview_requests(spec: FamilySpec, options: Resolved, entries: Sequence[PromptEntry]) -> tuple[Request, ...]:
+def preview_requests(family: Family, options: Resolved, entries: Sequence[PromptEntry]) -> tuple[Request, ...]:
     """A request for each entry; sizes are rounded down to the latent grid with a warning.
 
     A prompt without a seed gets one of its own place in the file, the same in every preview and every run, so that
     pictures of one prompt can be compared.
     """
-    task = task_defaults(spec, options)
+    spec, own = family.spec, family.option_groups("train")
+    task, plans = task_defaults(spec, options), isinstance(family, OwnSampling)
     requests = []
     for number, entry in enumerate(entries):
         values: dict[str, Any] = {
             "seed": keyed.seed_of("preview", number) % 2**32,
             "width": SIZE,
             "height": SIZE,
-            "frames": FRAMES,
+            "frames": None if plans else FRAMES,
             "steps": STEPS,
             "fps": task.fps,
             "guidance": task.guidance,
             "embedded_guidance": task.embedded_guidance,
-            "shift": 1.0 if task.shift is None else task.shift,
+            "shift": task.shift if task.shift is not None or plans else 1.0,
             "solver": task.solver,
         }
         try:
-            asked = Request(**(values | entry.given(embedded=task.embedded_guidance is not None)))
+            given = values | entry.given(embedded=task.embedded_guidance is not None)
+            idle = pictures.unserved(given, spec)
+            given = {name: value for name, value in given.items() if name not in idle}
+            asked = pictures.planned(family, options[own[0]] if own else None, given, entry.said)
         except UserError as fault:
             raise UserError(f"{entry.where}: {fault}") from fault
         request = fitted(asked, spec.latents)
         if request != asked:
             sizes = [f"{r.width} x {r.height}, {r.frames} frames" for r in (asked, request)]
             log.warning("%s: %s does not fit the model's grid; %s is rendered", entry.where, *sizes)
-        if entry.unserved:
-            log.warning("%s: without effect here: %s", entry.where, ", ".join(entry.unserved))
+        if entry.unserved or idle:
+            log.warning("%s: without effect here: %s", entry.where, ", ".join((*entry.unserved, *idle)))
         requests.append(request)
     return tuple(requests)
 
@@ -131,7 +150,7 @@ class Previews(Quiet):
     ) -> None:
         self._when = options[SampleOptions]
         self._encoded, self._show, self._optimizer = encoded, show, optimizer
-        self._sampler = Sampler(family, dit, runtime.device, dtype=runtime.dtype)
+        self._sampler = Sampler(family, dit, runtime.device, dtype=runtime.dtype, options=encoded.options)
         self._folder, self._name = names.folder / "sample", names.name
 
     def start(self, state: State) -> None:
@@ -156,11 +175,12 @@ class Previews(Quiet):
         stamp = time.strftime("%Y%m%d%H%M%S")
         try:
             with evaluating(self._optimizer):
-                found = list(self._sampler.latents(self._encoded.requests, self._encoded.prompts))
+                have = self._encoded
+                found = list(self._sampler.latents(have.requests, have.prompts, have.pictures))
             for number, (request, pixels) in enumerate(self._decoded(found)):
                 path = self._write(f"{self._name}_{when}_{number:02d}_{stamp}_{request.seed}", request, pixels)
                 log.info("preview %s", path)
-                self._show(f"sample/{number:02d}", (pixels + 1) / 2, step)
+                self._show(f"sample/{number:02d}", (pixels + 1) / 2, step, request.fps)
         except (UserError, torch.OutOfMemoryError) as fault:
             log.warning("the preview at %s was left out: %s", when, fault)
         finally:

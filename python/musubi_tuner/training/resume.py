@@ -28,7 +28,9 @@ from musubi_tuner.optim.build import parse_arguments
 from musubi_tuner.training import foreign, shards
 from musubi_tuner.training.config import LogOptions, SampleOptions, SaveOptions
 from musubi_tuner.training.events import State
+from musubi_tuner.training.hub import HubOptions
 from musubi_tuner.training.loop import Plan, Rate
+from musubi_tuner.training.machine import MachineOptions
 from musubi_tuner.training.retention import StateOptions
 from musubi_tuner.training.runtime import LocalRuntime
 from musubi_tuner.training.state import (
@@ -49,7 +51,7 @@ from musubi_tuner.weights.sources import some
 
 log = logging.getLogger(__name__)
 
-FREE_GROUPS = (SaveOptions, StateOptions, LogOptions, SampleOptions)
+FREE_GROUPS = (SaveOptions, StateOptions, LogOptions, SampleOptions, HubOptions, MachineOptions)
 FREE = {
     *("max_train_steps", "max_train_epochs", "seed", "dataset_config", "max_data_loader_n_workers", "strict_cache"),
     *("gradient_checkpointing", "gradient_checkpointing_cpu_offload", "fp8_report", "show_timesteps"),

@@ -20,7 +20,7 @@ from musubi_tuner.nn.compiling import CompileOptions, compile_blocks, settings_o
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.optim.build import described
 from musubi_tuner.training import metadata, preview
-from musubi_tuner.training.checkpoint import Saver, file_bytes
+from musubi_tuner.training.checkpoint import Saver, file_bytes, tell_nobody
 from musubi_tuner.training.config import (
     GROUPS,
     ModelOptions,
@@ -36,7 +36,15 @@ from musubi_tuner.training.events import Observer
 from musubi_tuner.training.interrupts import interruptible
 from musubi_tuner.training.loop import Rate, train
 from musubi_tuner.training.meters import Meters
-from musubi_tuner.training.model import Trainable, adapter, predictor, report_fp8, weight_policy, whole_model
+from musubi_tuner.training.model import (
+    Trainable,
+    adapter,
+    model_dtype,
+    predictor,
+    report_fp8,
+    weight_policy,
+    whole_model,
+)
 from musubi_tuner.training.optimizer import optimizer_and_rate
 from musubi_tuner.training.prepare import Setting, prepare
 from musubi_tuner.training.resume import RunFacts, StateWriter, advance, facts_of, with_departures
@@ -95,22 +103,21 @@ def _encoded_prompts(of: Setting) -> preview.Encoded | None:
     """What previews need of the text encoder, which is gone when this returns; None without previews."""
     if of.options[SampleOptions].sample_prompts is None or of.runtime.rank != 0:
         return None
-    return preview.encode(of.family, of.options, device=of.runtime.device)
+    return preview.encode(of.family, of.options, device=of.runtime.device, dit=of.opened.dit)
 
 
 def _model(of: Setting) -> tuple[Dit, Trainable]:
     """The transformer and what of it is trained. Trained weights are float32 whatever the precision of the rest."""
-    model, save_dtype = of.options[ModelOptions], of.options[SaveOptions].dtype
-    rate = of.options[OptimizerOptions].learning_rate
-    dtype = torch.float32 if model.full_finetune else of.runtime.dtype or torch.float32
+    model = of.options[ModelOptions]
     place = torch.device("cpu") if of.runtime.sharded else of.runtime.device
-    dit = of.opened.load(weight_policy(of.family.spec, model, dtype), place)
+    dit = of.opened.load(weight_policy(of.family.spec, model, model_dtype(model, of.runtime.dtype)), place)
     if model.fp8_report and model.fp8_base and of.runtime.rank == 0:
         report_fp8(dit, of.opened, of.names.folder, of.names.name)
-    if model.full_finetune:
-        return dit, whole_model(dit, of.opened, of.runtime, rate=rate, save_dtype=save_dtype)
-    network = of.options[NetworkOptions]
-    return dit, adapter(dit, of.family.spec, network, rate=rate, seed=of.seed, save_dtype=save_dtype)
+    rate, kept = of.options[OptimizerOptions].learning_rate, of.options[SaveOptions].dtype
+    if not model.full_finetune:
+        return dit, adapter(dit, of.family.spec, of.options[NetworkOptions], rate=rate, seed=of.seed, save_dtype=kept)
+    parts = model.trainable_modules
+    return dit, whole_model(dit, of.opened, of.runtime, rate=rate, save_dtype=kept, parts=parts)
 
 
 def _step(of: Setting, dit: Dit, trainable: Trainable, optimizer: torch.optim.Optimizer, meters: Meters) -> Step:
@@ -163,9 +170,11 @@ def _observers(of: Setting, step: Step, trainable: Trainable, meters: Meters, ru
         keep_states=states.save_state,
         last_state=states.save_state_on_train_end,
         leads=of.runtime.rank == 0,
+        saved=tell_nobody if of.uploads is None else of.uploads.send,
     )
     board = open_tracker(of.options, meters.read) if of.runtime.rank == 0 else None
-    return [saver, *([board] if board else []), ProgressBar(of.plan.max_steps)]
+    uploads = [of.uploads] if of.uploads else []
+    return [saver, *([board] if board else []), ProgressBar(of.plan.max_steps), *uploads]
 
 
 def _with_previews(

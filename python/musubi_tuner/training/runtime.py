@@ -11,6 +11,7 @@ launcher asks for FSDP2, a whole model that is trained is split over the process
 
 from __future__ import annotations
 
+import datetime
 import logging
 import math
 import os
@@ -232,8 +233,9 @@ def _lost(fault: RuntimeError) -> ProcessLost:
     )
 
 
-def launched(mixed_precision: str | None = None) -> LocalRuntime:
+def launched(mixed_precision: str | None = None, timeout: datetime.timedelta | None = None) -> LocalRuntime:
     """The runtime of this process as accelerate's launcher set it up. `mixed_precision`: None = the launcher's.
+    timeout: how long processes wait for each other, None = torch's limit.
 
     Raises UserError for launches that this trainer does not support (DeepSpeed, FSDP 1, fp8 autocast).
     """
@@ -245,12 +247,13 @@ def launched(mixed_precision: str | None = None) -> LocalRuntime:
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     if precision == "fp8":
         raise UserError("the launcher asks for mixed_precision = fp8: use bf16, and --fp8_base for FP8 weights")
-    state = PartialState(cpu=_flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    if sharding is not None and precision == "fp16":
+        raise UserError("the launcher asks for FSDP and mixed_precision = fp16: use bf16, which needs no loss scaling")
+    limit = {} if timeout is None else {"timeout": timeout}
+    state = PartialState(cpu=_flag("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(), **limit)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != wanted:
         raise UserError(f"the launcher started {wanted} processes, but they do not know of each other: {_ON_CPUS}")
-    if sharding is not None and precision == "fp16":
-        raise UserError("the launcher asks for FSDP and mixed_precision = fp16: use bf16, which needs no loss scaling")
     return LocalRuntime(
         state.device,
         precision,

@@ -7,11 +7,13 @@ the same numbers to every board that was asked for; a board is where they go (Te
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,18 +23,16 @@ from musubi_tuner.config.toml_file import read_entries
 from musubi_tuner.training.config import LogOptions
 from musubi_tuner.training.events import EpochRecord, Quiet, State, StepRecord
 
-STRIP_FRAMES = 8
-"""Frames of a clip that are shown side by side."""
 DEFAULT_NAME = "network_train"
 
 
 class Show(Protocol):
-    """Where previews are shown: `show(tag, pixels, step)`, pixels `[3, F, H, W]` float in [0, 1] on the CPU."""
+    """Where previews are shown: `show(tag, pixels, step, fps)`, pixels `[3, F, H, W]` float in [0, 1] on the CPU."""
 
-    def __call__(self, tag: str, pixels: Tensor, step: int, /) -> None: ...
+    def __call__(self, tag: str, pixels: Tensor, step: int, fps: float, /) -> None: ...
 
 
-def show_nowhere(_tag: str, _pixels: Tensor, _step: int) -> None:
+def show_nowhere(_tag: str, _pixels: Tensor, _step: int, _fps: float) -> None:
     """For runs without a tracker."""
 
 
@@ -62,8 +62,12 @@ class Board(Protocol):
 
     def numbers(self, values: Mapping[str, float], step: int) -> None: ...
     def epoch(self, loss: float, epoch: int, step: int) -> None: ...
-    def picture(self, tag: str, strip: Tensor, step: int) -> None:
-        """strip: [3, H, W] in [0, 1]."""
+    def picture(self, tag: str, frame: Tensor, step: int) -> None:
+        """frame: [H, W, 3] uint8."""
+        ...
+
+    def clip(self, tag: str, frames: Tensor, step: int, fps: float) -> None:
+        """frames: [F, H, W, 3] uint8."""
         ...
 
     def config(self, values: Mapping[str, Any]) -> None: ...
@@ -93,8 +97,16 @@ class TensorBoard:
     def epoch(self, loss: float, epoch: int, _step: int) -> None:
         self._writer.add_scalar("loss/epoch", loss, epoch)
 
-    def picture(self, tag: str, strip: Tensor, step: int) -> None:
-        self._writer.add_image(tag, strip, step)
+    def picture(self, tag: str, frame: Tensor, step: int) -> None:
+        self._writer.add_image(tag, frame, step, dataformats="HWC")
+
+    def clip(self, tag: str, frames: Tensor, step: int, fps: float) -> None:
+        """As a picture that moves: torch's own `add_video` needs a library for the same."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        _, height, width, _ = frames.shape
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif(frames, fps))
+        self._writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def config(self, values: Mapping[str, Any]) -> None:
         """The option values as a table."""
@@ -127,7 +139,7 @@ class WeightsAndBiases:
             raise UserError(
                 f"Weights & Biases does not start: {told}; WANDB_MODE=offline keeps the run local"
             ) from None
-        self._image = wandb.Image
+        self._image, self._video = wandb.Image, wandb.Video
         self._run.define_metric("loss/epoch", step_metric="epoch")
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
@@ -136,8 +148,11 @@ class WeightsAndBiases:
     def epoch(self, loss: float, epoch: int, step: int) -> None:
         self._run.log({"loss/epoch": loss, "epoch": epoch}, step=step)
 
-    def picture(self, tag: str, strip: Tensor, step: int) -> None:
-        self._run.log({tag: self._image(strip.permute(1, 2, 0).mul(255).byte().numpy())}, step=step)
+    def picture(self, tag: str, frame: Tensor, step: int) -> None:
+        self._run.log({tag: self._image(frame.numpy())}, step=step)
+
+    def clip(self, tag: str, frames: Tensor, step: int, fps: float) -> None:
+        self._run.log({tag: self._video(io.BytesIO(gif(frames, fps)), format="gif")}, step=step)
 
     def config(self, values: Mapping[str, Any]) -> None:
         self._run.config.update({key: list(v) if isinstance(v, tuple) else v for key, v in values.items()})
@@ -170,12 +185,22 @@ class Tracker(Quiet):
     def stopped(self, state: State) -> None:
         self.finish(state)
 
-    def show(self, tag: str, pixels: Tensor, step: int) -> None:
-        """An image, or a clip's frames side by side."""
-        frames = pixels[:, :: max(1, -(-pixels.shape[1] // STRIP_FRAMES))]
-        strip = frames.permute(0, 2, 1, 3).flatten(2)  # [3, H, F*W]
+    def show(self, tag: str, pixels: Tensor, step: int, fps: float) -> None:
+        """An image, or a clip that moves."""
+        frames = pixels.clamp(0, 1).mul(255).round().byte().permute(1, 2, 3, 0).contiguous()  # [F, H, W, 3]
         for board in self.boards:
-            board.picture(tag, strip.clamp(0, 1), step)
+            if len(frames) == 1:
+                board.picture(tag, frames[0], step)
+            else:
+                board.clip(tag, frames, step, fps)
+
+
+def gif(frames: Tensor, fps: float) -> bytes:
+    """frames: [F, H, W, 3] uint8, as a picture file that moves and begins anew."""
+    first, *rest = (Image.fromarray(frame.numpy()) for frame in frames)
+    file = io.BytesIO()
+    first.save(file, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    return file.getvalue()
 
 
 def run_folder(logging_dir: str, prefix: str | None, name: str | None, now: time.struct_time | None = None) -> Path:

@@ -10,7 +10,7 @@ from musubi_kernels._checks import autocast, check_activation, check_bias, rows_
 from musubi_kernels._explain import Plan, planned_by
 from musubi_kernels._formats import check_pair, format_of
 from musubi_kernels._op import Op
-from musubi_kernels.ops.fp8_linear import native, reference
+from musubi_kernels.ops.fp8_linear import cuda, native, reference, triton
 
 
 def _forward_fake(
@@ -25,10 +25,14 @@ def _dx_fake(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str)
 
 FORWARD = Op("fp8_linear", "(Tensor x, Tensor q, Tensor scale, Tensor? bias, str fmt) -> Tensor", _forward_fake)
 FORWARD.serve("native", native.fp8_linear, native.refuses)
+FORWARD.serve("triton", triton.fp8_linear, triton.refuses, triton.tells)
+FORWARD.serve("cuda", cuda.fp8_linear, cuda.refuses, cuda.tells)
 FORWARD.serve("reference", reference.fp8_linear)
 
 INPUT_GRADIENT = Op("fp8_linear_dx", "(Tensor grad, Tensor q, Tensor scale, str fmt) -> Tensor", _dx_fake)
 INPUT_GRADIENT.serve("native", native.fp8_linear_dx, native.refuses_dx)
+INPUT_GRADIENT.serve("triton", triton.fp8_linear_dx, triton.refuses_dx, triton.tells_dx)
+INPUT_GRADIENT.serve("cuda", cuda.fp8_linear_dx, cuda.refuses_dx, cuda.tells_dx)
 INPUT_GRADIENT.serve("reference", reference.fp8_linear_dx)
 
 

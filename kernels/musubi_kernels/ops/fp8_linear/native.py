@@ -6,6 +6,8 @@ import torch
 
 from musubi_kernels import _native
 
+NO_TAIL = (0, 0, 0, 0, 0, 0, 0)
+
 
 def refuses(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> str | None:
     """Why the compiled module cannot serve a forward, or None."""
@@ -53,7 +55,7 @@ def run(
     if bias is not None:
         bias = bias.contiguous()
         bias_args = (bias.data_ptr(), _native.DTYPE_CODES[bias.dtype])
-    tail_args: tuple[int, ...] = (0, 0, 0, 0, 0, 0, 0)
+    tail_args: tuple[int, ...] = NO_TAIL
     if low is not None and tail is not None:
         low, tail = _native.matrix(low), _native.matrix(tail)
         address, _, rank, stride, dtype = _native.rows(low)

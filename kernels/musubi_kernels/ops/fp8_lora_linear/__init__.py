@@ -24,7 +24,7 @@ from musubi_kernels._explain import Plan, planned_by
 from musubi_kernels._formats import check_pair, format_of
 from musubi_kernels._op import Op
 from musubi_kernels.ops.fp8_linear import bias_gradient
-from musubi_kernels.ops.fp8_lora_linear import native, reference
+from musubi_kernels.ops.fp8_lora_linear import cuda, native, reference, triton
 
 
 def _forward_fake(
@@ -65,6 +65,8 @@ FORWARD = Op(
     _forward_fake,
 )
 FORWARD.serve("native", native.forward, native.refuses)
+FORWARD.serve("triton", triton.forward, triton.refuses, triton.tells)
+FORWARD.serve("cuda", cuda.forward, cuda.refuses, cuda.tells)
 FORWARD.serve("reference", reference.forward)
 
 BACKWARD = Op(
@@ -74,6 +76,8 @@ BACKWARD = Op(
     _backward_fake,
 )
 BACKWARD.serve("native", native.backward, native.refuses_backward)
+BACKWARD.serve("triton", triton.backward, triton.refuses_backward)
+BACKWARD.serve("cuda", cuda.backward, cuda.refuses_backward)
 BACKWARD.serve("reference", reference.backward)
 
 

@@ -20,7 +20,7 @@ from musubi_kernels._formats import (
     resolve_mode,
 )
 from musubi_kernels._op import Op
-from musubi_kernels.ops.fp8_quantize import native, reference
+from musubi_kernels.ops.fp8_quantize import cuda, native, reference, triton
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -48,6 +48,8 @@ QUANTIZE = Op(
     _quantize_fake,
 )
 QUANTIZE.serve("native", native.quantize, native.refuses_quantize)
+QUANTIZE.serve("triton", triton.quantize, triton.refuses_quantize)
+QUANTIZE.serve("cuda", cuda.quantize, cuda.refuses_quantize)
 QUANTIZE.serve("reference", reference.quantize)
 
 DEQUANTIZE = Op(
@@ -56,6 +58,8 @@ DEQUANTIZE = Op(
     _dequantize_fake,
 )
 DEQUANTIZE.serve("native", native.dequantize, native.refuses_dequantize)
+DEQUANTIZE.serve("triton", triton.dequantize, triton.refuses_dequantize)
+DEQUANTIZE.serve("cuda", cuda.dequantize, cuda.refuses_dequantize)
 DEQUANTIZE.serve("reference", reference.dequantize)
 
 
@@ -107,7 +111,7 @@ def quantize_fp8(
         block_size: weights per scale along the last dimension.
         fmt: `e4m3` or `e5m2`.
         scale_dtype: default w's; float32 is used where float16 would make a scale subnormal or infinite.
-        search: `mse` tries 65 factors between 0.6 and 2.2 of each absmax scale and keeps the least squared error.
+        search: `mse` tries 32 multiples of each absmax scale, evenly over an octave, and keeps the least squared error.
 
     Raises:
         ValueError: w is FP8, integer or float64, holds inf or NaN (with its position), or an option is unknown.

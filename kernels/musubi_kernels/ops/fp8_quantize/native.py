@@ -12,13 +12,17 @@ def refuses_quantize(
     w: torch.Tensor, mode: Mode, block: int, scale_dtype: torch.dtype, fmt: str, search: str
 ) -> str | None:
     """Why the compiled module cannot quantise `w`, or None."""
-    return "it has no search for scales" if search else _native.refuses(w)
+    return _native.refuses(w)
 
 
 def quantize(
     w: torch.Tensor, mode: Mode, block: int, scale_dtype: torch.dtype, fmt: str, search: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes as uint8 with w's shape, scales), bit for bit what the reference gives."""
+    """(codes as uint8 with w's shape, scales), bit for bit what the reference gives.
+
+    With a search the same trial scales are compared, but errors are summed in another order and precision, so that of
+    two scales whose errors agree to about 1e-6 the other one may be kept.
+    """
     if w.numel() == 0:
         shape = [w.shape[0], w.shape[1] // block, 1] if mode == "block" else [w.shape[0], 1]
         empty = torch.empty(w.shape, dtype=torch.uint8)
@@ -39,6 +43,7 @@ def quantize(
         _native.DTYPE_CODES[scale_dtype],
         q.data_ptr(),
         scale.data_ptr(),
+        search == "mse",
     )
     return q, scale
 

@@ -9,8 +9,13 @@ import torch
 from musubi_kernels._formats import FORMATS, SMALLEST_SCALE, Fp8Format, Mode, spread_scale
 
 CHUNK_ELEMENTS = 1 << 21
-SEARCH_FACTORS = 65
-SEARCH_FROM, SEARCH_TO = 0.6, 2.2
+SEARCH_FACTORS = (
+    *(448 / code for code in (448, 416, 384, 352, 320, 288, 256, 240)),
+    *(2.0 ** (i / 24) for i in (-1, *range(1, 24))),
+)
+"""What `search` multiplies an absmax scale by. FP8 numbers repeat with every doubling, so one octave holds all
+alignments of weights to codes; it begins where the largest weight still rounds to the largest code. Eight factors make
+the largest weight exact, which is what groups with an outlier need; the others are spread evenly."""
 
 
 def quantize(
@@ -45,9 +50,13 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtyp
 
 def dequantize_rows(q: torch.Tensor, scale: torch.Tensor, fmt: str, rows: slice, dtype: torch.dtype) -> torch.Tensor:
     """Rows of q [N, K] (uint8) times their scales, computed in `dtype`."""
-    part = q[rows].view(FORMATS[fmt].dtype).to(dtype)
-    factors, view = spread_scale(scale if scale.ndim <= 1 else scale[rows], part)
-    return (part.reshape(view) * factors.to(dtype)).reshape(part.shape)
+    return scaled_rows(q[rows].view(FORMATS[fmt].dtype).to(dtype), scale if scale.ndim <= 1 else scale[rows])
+
+
+def scaled_rows(part: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Values [rows, K] times the scales of these rows, in the values' dtype."""
+    factors, view = spread_scale(scale, part)
+    return (part.reshape(view) * factors.to(part.dtype)).reshape(part.shape)
 
 
 def _chunks(rows: int, width: int) -> Iterator[slice]:
@@ -71,8 +80,7 @@ def _least_squares_scale(part: torch.Tensor, start: torch.Tensor, to: Fp8Format)
     exact = part.double()
     best = start.clone()
     least = torch.full_like(exact[:, :1], float("inf"))
-    factors = torch.linspace(SEARCH_FROM, SEARCH_TO, SEARCH_FACTORS).tolist()
-    for factor in (1.0, *factors):
+    for factor in SEARCH_FACTORS:
         trial = (start.float() * factor).to(start.dtype).clamp(min=SMALLEST_SCALE)
         back = _codes(part, trial, to).view(to.dtype).double() * trial.double()
         error = (back - exact).square().sum(-1, keepdim=True)

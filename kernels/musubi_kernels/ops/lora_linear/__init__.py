@@ -22,7 +22,7 @@ from musubi_kernels._checks import (
 from musubi_kernels._explain import Plan, planned_by
 from musubi_kernels._op import Op
 from musubi_kernels.ops.fp8_linear import bias_gradient
-from musubi_kernels.ops.lora_linear import reference
+from musubi_kernels.ops.lora_linear import reference, triton
 
 
 def _forward_fake(
@@ -59,6 +59,7 @@ FORWARD = Op(
     "(Tensor x, Tensor w, Tensor? bias, Tensor down, Tensor up, Tensor? mask, float strength) -> (Tensor, Tensor)",
     _forward_fake,
 )
+FORWARD.serve("triton", triton.forward, triton.refuses)
 FORWARD.serve("reference", reference.forward)
 
 BACKWARD = Op(
@@ -67,6 +68,7 @@ BACKWARD = Op(
     " bool need_x, bool need_w) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
 )
+BACKWARD.serve("triton", triton.backward, triton.refuses_backward)
 BACKWARD.serve("reference", reference.backward)
 
 

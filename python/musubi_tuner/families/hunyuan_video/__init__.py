@@ -13,10 +13,11 @@ from musubi_tuner.families.hunyuan_video import keys, options, predict, text
 from musubi_tuner.families.hunyuan_video.config import dit_config
 from musubi_tuner.families.hunyuan_video.model import HunyuanVideoModel
 from musubi_tuner.families.hunyuan_video.options import TextEncoderOptions
-from musubi_tuner.families.hunyuan_video.spec import SPEC
-from musubi_tuner.families.hunyuan_video.vae import load_vae, sample_latents
+from musubi_tuner.families.hunyuan_video.spec import MAG_RATIOS, SPEC
+from musubi_tuner.families.hunyuan_video.vae import load_vae
 from musubi_tuner.nn.runner import Run, direct
-from musubi_tuner.nn.vae.video_kl import VideoKlVae
+from musubi_tuner.nn.vae.video_kl import SCALING, VideoKlVae, sample_latents
+from musubi_tuner.weights.encoders import TextPair, found_files
 from musubi_tuner.weights.reader import Header
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class HunyuanVideoFamily:
     """The calls of `families.base.Family`; see there."""
 
     spec: FamilySpec = SPEC
-    found_files = staticmethod(text.found_files)
+    found_files = staticmethod(found_files)
 
     def option_groups(self, command: str) -> tuple[type, ...]:
         """Encoders first, then the model where the transformer is loaded."""
@@ -60,17 +61,21 @@ class HunyuanVideoFamily:
         vae: Vae,
         encoders: Encoders | None = None,  # noqa: ARG002 the protocol's
     ) -> list[list[dict[str, Tensor]]]:
-        """One entry per item: a sample of its posterior [16, F, H, W], unscaled."""
+        """One entry per item: a sample of its posterior [16, F, H, W], unscaled; scaled of a request's picture."""
         if not isinstance(vae, VideoKlVae):
             raise TypeError(f"HunyuanVideo latents are those of its own VAE, not of {type(vae).__name__}")
+        if all(item.pixels is None and item.roles == ("start",) for item in items):
+            sampled = sample_latents(vae, torch.stack([item.controls[0] for item in items]))
+            return [[{"latents": latents}] for latents in sampled * SCALING]
         pixels = [item.pixels for item in items if item.pixels is not None]
         if len(pixels) != len(items):
             raise ValueError("an item without pixels has no latents")
-        return [[{"latents": latents}] for latents in sample_latents(vae, torch.stack(pixels))]
+        sampled = sample_latents(vae, torch.stack(pixels)).to(vae.dtype)
+        return [[{"latents": latents}] for latents in sampled]
 
     def encode_condition(self, items: Sequence[Item], encoders: Encoders) -> list[dict[str, Tensor]]:
         """Token features with their mask, and the pooled vector, of each caption."""
-        if not isinstance(encoders, text.TextEncoders):
+        if not isinstance(encoders, TextPair):
             raise TypeError(f"HunyuanVideo encodes text with its two encoders, not with {type(encoders).__name__}")
         return encoders.encode([item.caption for item in items])
 
@@ -98,6 +103,10 @@ class HunyuanVideoFamily:
     def predict(self, dit: Dit, x_t: Tensor, t: Tensor, cond: Conditioning, *, run: Run = direct) -> Tensor:
         """See `predict.predict`."""
         return predict.predict(dit, x_t, t, cond, run=run)
+
+    def mag_ratios(self, options: Any) -> tuple[float, ...]:  # noqa: ARG002 the protocol's
+        """Of 50 steps, published for 960 x 544."""
+        return MAG_RATIOS
 
 
 def _guidance(has_input: bool, chosen: Any) -> float:

@@ -8,7 +8,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.hunyuan_video.keys import rename_dit_key
 from musubi_tuner.families.hunyuan_video.model import HunyuanVideoConfig
 from musubi_tuner.weights.reader import Header
-from musubi_tuner.weights.sizes import named_fields
+from musubi_tuner.weights.sizes import configured, members
 
 Shapes = Mapping[str | None, tuple[int, ...]]
 
@@ -30,12 +30,7 @@ def dit_config(header: Header, given: Mapping[str, Any] | None = None) -> Hunyua
     """
     path = header.paths[0]
     sizes = _sizes_from_shapes({rename_dit_key(key): info.shape for key, info in header.tensors.items()}, str(path))
-    sizes |= named_fields(HunyuanVideoConfig, header.metadata.get("musubi.config"), f"{path}, musubi.config")
-    sizes |= named_fields(HunyuanVideoConfig, given, "--model_config")
-    try:
-        config = HunyuanVideoConfig(**sizes)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+    config = configured(HunyuanVideoConfig, sizes, header, given)
     if config.in_channels not in (config.out_channels, 2 * config.out_channels):
         raise UserError(
             f"{path} takes {config.in_channels} input channels: this version runs text-to-video models, which take "
@@ -56,20 +51,15 @@ def _sizes_from_shapes(shapes: Shapes, path: str) -> dict[str, Any]:
     return {
         "hidden_size": patch[0],
         "num_heads": patch[0] // shapes["double_blocks.0.img_attn_q_norm.weight"][0],
-        "num_double_blocks": _count(shapes, "double_blocks."),
-        "num_single_blocks": _count(shapes, "single_blocks."),
+        "num_double_blocks": members(shapes, "double_blocks."),
+        "num_single_blocks": members(shapes, "single_blocks."),
         "in_channels": patch[1],
         "out_channels": shapes["final_layer.linear.weight"][0] // prod(patch[2:]),
         "patch_size": tuple(patch[2:]),
         "mlp_ratio": shapes["double_blocks.0.img_mlp.fc1.weight"][0] / patch[0],
         "text_dim": shapes["txt_in.input_embedder.weight"][1],
         "pooled_text_dim": shapes["vector_in.in_layer.weight"][1],
-        "text_refiner_depth": _count(shapes, "txt_in.individual_token_refiner.blocks."),
+        "text_refiner_depth": members(shapes, "txt_in.individual_token_refiner.blocks."),
         "guidance_embed": "guidance_in.mlp.0.weight" in shapes,
         "timestep_embed_dim": shapes["time_in.mlp.0.weight"][1],
     }
-
-
-def _count(shapes: Shapes, prefix: str) -> int:
-    """Members of a list of modules."""
-    return len({key[len(prefix) :].split(".")[0] for key in shapes if key is not None and key.startswith(prefix)})

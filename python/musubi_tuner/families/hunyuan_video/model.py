@@ -17,10 +17,12 @@ from torch.nn import functional as F
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.nn.attention import attention
+from musubi_tuner.nn.dual_stream import rotated_attention, unpatch
 from musubi_tuner.nn.modulation import float_linear, gated, modulate, sinusoid
 from musubi_tuner.nn.norms import LayerNorm, RMSNorm
-from musubi_tuner.nn.rope import grid_rotations, rotate
+from musubi_tuner.nn.rope import grid_rotations
 from musubi_tuner.nn.runner import Run, direct
+from musubi_tuner.nn.text.ragged import mean_of_real
 
 _EPS = 1e-6
 
@@ -100,6 +102,11 @@ class HunyuanVideoModel(nn.Module):
         self.single_blocks = nn.ModuleList(SingleStreamBlock(config) for _ in range(config.num_single_blocks))
         self.final_layer = FinalLayer(config)
 
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Roles of the pictures that every request must come with."""
+        return ("start",) if self.config.in_channels > self.config.out_channels else ()
+
     def forward(
         self,
         x: Tensor,
@@ -130,7 +137,7 @@ class HunyuanVideoModel(nn.Module):
             attn_mode=self.attn_mode,
         )
         h = run([*self.double_blocks, *self.single_blocks], h, ctx)
-        return self.unpatch(self.final_layer(h[:, : ctx.image_tokens], ctx.vector), grid).to(x.dtype)
+        return unpatch(self.final_layer(h[:, : ctx.image_tokens], ctx.vector), grid, self.config.patch_size).to(x.dtype)
 
     def check(self, x: Tensor, text: Tensor, pooled: Tensor) -> None:
         """UserError for conditioning that another text encoder made."""
@@ -153,13 +160,6 @@ class HunyuanVideoModel(nn.Module):
         positions = [torch.arange(n, device=device) for n in grid]
         image = grid_rotations(positions, self.config.rope_axes_dims, self.config.rope_theta).to(torch.complex64)
         return torch.cat([image, image.new_ones(text_tokens, image.shape[1])])
-
-    def unpatch(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """[B, N, C*pt*ph*pw] (channel slowest) -> [B, C, F, H, W]."""
-        batch, p = tokens.shape[0], self.config.patch_size
-        cells = tokens.reshape(batch, *grid, self.config.out_channels, *p)
-        cells = cells.permute(0, 4, 1, 5, 2, 6, 3, 7)  # [B, C, F, pt, H, ph, W, pw]
-        return cells.reshape(batch, -1, grid[0] * p[0], grid[1] * p[1], grid[2] * p[2])
 
 
 class DoubleStreamBlock(nn.Module):
@@ -202,7 +202,7 @@ class DoubleStreamBlock(nn.Module):
             heads(self.txt_attn_qkv(txt), self.txt_attn_q_norm, self.txt_attn_k_norm),
         )
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
-        return joint_attention(q, k, v, ctx)
+        return rotated_attention(q, k, v, ctx)
 
 
 class SingleStreamBlock(nn.Module):
@@ -221,7 +221,7 @@ class SingleStreamBlock(nn.Module):
     def forward(self, h: Tensor, ctx: BlockContext) -> Tensor:
         mod = self.modulation(ctx.vector)
         qkv, inner = self.linear1(modulate(self.pre_norm(h), *shift_scale(mod))).split(self.split, dim=-1)
-        y = joint_attention(*heads(qkv, self.q_norm, self.k_norm), ctx)
+        y = rotated_attention(*heads(qkv, self.q_norm, self.k_norm), ctx)
         y = self.linear2(torch.cat([y, F.gelu(inner, approximate="tanh")], dim=-1))
         return gated(h, y, mod[:, 2])
 
@@ -352,17 +352,3 @@ def heads(qkv: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> tuple[Tensor, Tensor
     """q, k, v `[B, L, heads, d]` of rows `[B, L, 3 heads d]`, q and k normalised per head."""
     q, k, v = qkv.unflatten(-1, (3, -1, q_norm.weight.shape[0])).unbind(2)
     return q_norm(q), k_norm(k), v
-
-
-def joint_attention(q: Tensor, k: Tensor, v: Tensor, ctx: BlockContext) -> Tensor:
-    """Attention over image and text `[B, L, heads, d]` with rope; gives [B, L, heads d]."""
-    q, k = rotate(q, ctx.rotations), rotate(k, ctx.rotations)
-    return attention(q, k, v, lengths=ctx.keys, mode=ctx.attn_mode).flatten(2)
-
-
-def mean_of_real(text: Tensor, lengths: Tensor | None) -> Tensor:
-    """Mean [B, W] float32 over the real rows of `text: [B, T, W]`."""
-    if lengths is None:
-        return text.float().mean(1)
-    real = torch.arange(text.shape[1], device=text.device) < lengths.unsqueeze(1)  # [B, T]
-    return (text.float() * real.unsqueeze(-1)).sum(1) / lengths.unsqueeze(1)

@@ -15,6 +15,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import Conditioning, Dit
 from musubi_tuner.families.hunyuan_video.model import HunyuanVideoModel
 from musubi_tuner.nn.runner import Run, direct
+from musubi_tuner.nn.text.ragged import cut_to_longest
 
 CLOCK = 1000.0
 GUIDANCE_UNIT = 1000.0
@@ -26,32 +27,16 @@ def collate(entries: Sequence[Mapping[str, Tensor]]) -> Conditioning:
     text: [B, T, W]. lengths: [B], None where all captions have T tokens. pooled: [B, P]. first_frame: [B, C, 1, H, W]
     where entries have latents. guidance: [B] where entries have it.
     """
-    rows = [entry["text"][: _length(entry["mask"])] for entry in entries]
-    lengths = [len(row) for row in rows]
-    text = rows[0].new_zeros(len(rows), max(lengths), rows[0].shape[1])
-    for i, row in enumerate(rows):
-        text[i, : len(row)] = row
-    cond: dict[str, Any] = {
-        "text": text,
-        "lengths": None if len(set(lengths)) == 1 else torch.tensor(lengths),
-        "pooled": torch.stack([entry["pooled"] for entry in entries]),
-    }
+    text, lengths = cut_to_longest(
+        [entry["text"] for entry in entries], [entry["mask"] for entry in entries], "cache_text_encoder_outputs"
+    )
+    pooled = torch.stack([entry["pooled"] for entry in entries])
+    cond: dict[str, Any] = {"text": text, "lengths": lengths, "pooled": pooled}
     if all("latents" in entry for entry in entries):
         cond["first_frame"] = torch.stack([entry["latents"][:, :1] for entry in entries])
     if all("guidance" in entry for entry in entries):
         cond["guidance"] = torch.stack([entry["guidance"] for entry in entries])
     return cond
-
-
-def _length(mask: Tensor) -> int:
-    """Number of real tokens, which come first. Raises UserError for any other mask."""
-    count = int(mask.sum())
-    if count < 1 or not bool(mask[:count].all()):
-        raise UserError(
-            f"a text cache has a mask with {count} real tokens that are not the first ones: make it anew with "
-            "cache_text_encoder_outputs --recache"
-        )
-    return count
 
 
 def predict(dit: Dit, x_t: Tensor, t: Tensor, cond: Conditioning, *, run: Run = direct) -> Tensor:
@@ -80,7 +65,7 @@ def _with_first_frame(x_t: Tensor, dit: HunyuanVideoModel, cond: Conditioning) -
     if "first_frame" not in cond:
         raise UserError(
             f"this transformer takes {dit.config.in_channels} channels (image-to-video) and was given no first frame: "
-            "it can be trained; to sample from text, give a text-to-video checkpoint (16 channels)"
+            "give --image_path (--i in a prompt line), or a text-to-video checkpoint (16 channels)"
         )
     clean = torch.zeros_like(x_t)
     clean[:, :, :1] = cond["first_frame"].to(x_t)

@@ -1,18 +1,14 @@
-"""HunyuanVideo's VAE from its original file, and what its cache holds: a sample of the posterior, unscaled.
+"""HunyuanVideo's VAE from its original file. Its cache holds a sample of the posterior, unscaled.
 
-The sample's noise is keyed by the picture's own content (its values rounded to 8 bits), so a picture gets the same
-latents in every batch, order, process and run. The transformer is trained on 0.476986 times what the cache holds; the
-factor is a fact of the cache field, applied where caches are read.
+The transformer is trained on 0.476986 times what the cache holds; the factor is a fact of the cache field, applied
+where caches are read.
 """
 
 import dataclasses
-import hashlib
 
 import torch
-from torch import Tensor
 
 from musubi_tuner.families.hunyuan_video.keys import vae_rename
-from musubi_tuner.flow import keyed
 from musubi_tuner.nn.vae.video_kl import Savings, VideoKlSizes, VideoKlVae, empty_vae, sizes_from_shapes
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import WeightPolicy
@@ -32,16 +28,3 @@ def load_vae(path: str, *, device: torch.device, dtype: torch.dtype, savings: Sa
             model = empty_vae(dataclasses.replace(sizes, **named))
         materialize(model, checkpoint, rename=rename, policy=WeightPolicy(dtype), device=device, progress=False)
     return VideoKlVae(model.eval(), savings)
-
-
-def sample_latents(vae: VideoKlVae, pixels: Tensor) -> Tensor:
-    """A sample of the posterior for each clip of `pixels: [B, 3, F, H, W]`, unscaled, in the VAE's dtype."""
-    mean, std = vae.posterior(pixels)
-    noise = torch.stack([keyed.normal(mean.shape[1:], "posterior", _content(clip)) for clip in pixels])
-    return (mean + std * noise.to(mean.device)).to(vae.dtype)
-
-
-def _content(clip: Tensor) -> str:
-    """A hash of the clip's values as bytes 0..255."""
-    values = ((clip.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().contiguous()
-    return hashlib.blake2b(values.numpy().tobytes(), digest_size=16).hexdigest()

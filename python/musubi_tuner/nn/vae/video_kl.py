@@ -6,6 +6,7 @@ Whole clips are coded at once, so nothing depends on how memory is saved, with o
 user asks for, are blended where they overlap. `chunk_frames` runs convolutions over a few frames at a time, exactly.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.config.options import option
+from musubi_tuner.flow import keyed
 from musubi_tuner.nn.linear import set_module
 
 SCALING: Final = 0.476986
@@ -40,6 +43,28 @@ class Savings:
 
     tile: int | None = None
     chunk_frames: int | None = None
+
+
+TILE: Final = 256
+
+
+@dataclass(frozen=True)
+class SavingOptions:
+    """Video VAE"""
+
+    vae_tiling: bool = option(False, help=f"code frames in tiles of {TILE} pixels that are blended: much less memory")
+    vae_spatial_tile_sample_min_size: int | None = option(
+        None, help="side of the tiles in pixels; turns tiling on", minimum=64
+    )
+    vae_chunk_size: int | None = option(
+        None, help="frames that a convolution works on at once: less memory, the same numbers", minimum=1
+    )
+
+    @property
+    def savings(self) -> Savings:
+        """The options as the VAE takes them."""
+        size = self.vae_spatial_tile_sample_min_size
+        return Savings(size or (TILE if self.vae_tiling else None), self.vae_chunk_size)
 
 
 def sizes_from_shapes(shapes: Mapping[str, tuple[int, ...]], path: Path) -> VideoKlSizes:
@@ -120,6 +145,23 @@ class VideoKlVae:
         weight = next(self.model.parameters())
         unscaled = latents.to(weight.device, torch.float32) / SCALING
         return self.model.decode(unscaled.to(weight.dtype)).sample.float()
+
+
+def sample_latents(vae: VideoKlVae, pixels: Tensor) -> Tensor:
+    """A sample of the posterior for each clip of `pixels: [B, 3, F, H, W]`, float32, unscaled.
+
+    Its noise is keyed by the clip's own content (its values rounded to 8 bits), so a picture gets the same latents in
+    every batch, order, process and run.
+    """
+    mean, std = vae.posterior(pixels)
+    noise = torch.stack([keyed.normal(mean.shape[1:], "posterior", _content(clip)) for clip in pixels])
+    return mean + std * noise.to(mean.device)
+
+
+def _content(clip: Tensor) -> str:
+    """A hash of the clip's values as bytes 0..255."""
+    values = ((clip.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().contiguous()
+    return hashlib.blake2b(values.numpy().tobytes(), digest_size=16).hexdigest()
 
 
 class ChunkedCausalConv(nn.Module):

@@ -1,0 +1,47 @@
+// Codes to floats with nothing but Vec::decode. MUSUBI_ISA names the namespace; decode_vbmi.h offers the same by
+// tables.
+#pragma once
+
+#include <cstring>
+
+#include "common/types.h"
+
+namespace musubi {
+namespace MUSUBI_ISA {
+namespace {
+
+class Codes {
+ public:
+  explicit Codes(Format format) : format_(format) {}
+
+  // out[0 .. count) = float(codes) * scale
+  void floats(const uint8_t* codes, int64_t count, float scale, float* out) const {
+    const auto factor = Vec::set1(scale);
+    int64_t i = 0;
+    for (; i + Vec::W <= count; i += Vec::W) Vec::store(out + i, Vec::mul(Vec::decode(codes + i, format_), factor));
+    if (i == count) return;
+    float wide[Vec::W];
+    Vec::store(wide, Vec::mul(tail(codes + i, count - i), factor));
+    std::memcpy(out + i, wide, static_cast<size_t>(count - i) * 4);
+  }
+
+  // out[0 .. count) = float(codes), and zeros up to a whole vector. At most 64 codes.
+  MUSUBI_INLINE void padded(const uint8_t* codes, int64_t count, float* out) const {
+    int64_t i = 0;
+    for (; i + Vec::W <= count; i += Vec::W) Vec::store(out + i, Vec::decode(codes + i, format_));
+    if (i < count) Vec::store(out + i, tail(codes + i, count - i));
+  }
+
+ private:
+  Vec::F tail(const uint8_t* codes, int64_t count) const {
+    uint8_t few[Vec::W] = {};
+    std::memcpy(few, codes, static_cast<size_t>(count));
+    return Vec::decode(few, format_);
+  }
+
+  Format format_;
+};
+
+}  // namespace
+}  // namespace MUSUBI_ISA
+}  // namespace musubi

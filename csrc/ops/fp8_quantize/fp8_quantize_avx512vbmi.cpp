@@ -1,0 +1,17 @@
+// The avx512vbmi build of quantise and dequantise.
+#define MUSUBI_ISA avx512vbmi
+// clang-format off: the decoder is written over the vector
+#include "common/vec_avx512.h"
+#include "common/decode_vbmi.h"
+// clang-format on
+#include "ops/fp8_quantize/fp8_dequantize_vbmi-inl.h"
+
+namespace musubi {
+namespace MUSUBI_ISA {
+
+void quantize(const QuantizeTask& task) { quantize_with<WideBody>(task); }
+
+void dequantize(const DequantizeTask& task) { dequantize_with<TableBody>(task); }
+
+}  // namespace MUSUBI_ISA
+}  // namespace musubi

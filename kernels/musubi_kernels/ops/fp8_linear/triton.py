@@ -1,0 +1,532 @@
+"""`fp8_linear` and its input gradient by Triton: launchers, tiles by processor, and which of them serves how many rows.
+
+`small` is bound by reading W once, `fused` decodes W inside the product, `panel` decodes W to a bounded buffer and
+leaves the product to cuBLAS: a fused kernel that multiplies slower than cuBLAS loses once the product, not the bytes of
+W, is what takes time. Every launch goes to the current stream of x's device and waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import torch
+
+from musubi_kernels import _panel, _paths, _triton
+from musubi_kernels._triton import Shipped, Tile, cdiv
+from musubi_kernels.ops.fp8_quantize.triton import dequantize
+
+SMALL_ROWS: Final = 32
+"""The rows of the tallest tile of `small`."""
+
+
+def refuses(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> str | None:
+    """Why the kernels cannot serve a forward, or None."""
+    return _triton.refuses(x, q, scale, bias)
+
+
+def refuses_dx(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str) -> str | None:
+    """Why the kernels cannot serve an input gradient, or None."""
+    return _triton.refuses(grad, q, scale)
+
+
+def tells(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> str:
+    """Which way a forward takes, and why."""
+    return tell(Product(_triton.matrix(x), q, scale, fmt, bias))
+
+
+def tells_dx(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str) -> str:
+    """Which way an input gradient takes, and why."""
+    return tell(Product(_triton.matrix(grad), q, scale, fmt, transposed=True))
+
+
+def tell(call: Product) -> str:
+    """The way of a product, and why."""
+    return _paths.tell(sizes(call), tuple(ways(call)))
+
+
+def fp8_linear(
+    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, fmt: str
+) -> torch.Tensor:
+    """y = x @ (q * scale)^T + bias in x's dtype."""
+    return run(x, q, scale, fmt, bias=bias)
+
+
+def fp8_linear_dx(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str) -> torch.Tensor:
+    """dX = dY @ (q * scale) in dY's dtype."""
+    return run(grad, q, scale, fmt, transposed=True)
+
+
+def run(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: str,
+    *,
+    bias: torch.Tensor | None = None,
+    transposed: bool = False,
+    low: torch.Tensor | None = None,
+    tail: torch.Tensor | None = None,
+    strength: float = 1.0,
+) -> torch.Tensor:
+    """x @ W^T (or x @ W where `transposed`) + bias + strength * low @ tail, as [..., outputs] in x's dtype.
+
+    `low` [M, R] has x's dtype; `tail` is up^T as up [N, R], or down [R, K] where `transposed`.
+    """
+    flat, codes = _triton.matrix(x), _triton.matrix(q)
+    call = Product(flat, codes, scale, fmt, bias, transposed, low, tail, strength)
+    y: torch.Tensor = _paths.run(sizes(call), ways(call))
+    return y.reshape(*x.shape[:-1], y.shape[1])
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product as the three paths take it: x [M, inputs] and q [N, K] with contiguous rows, the rest as in `run`."""
+
+    x: torch.Tensor
+    q: torch.Tensor
+    scale: torch.Tensor
+    fmt: str
+    bias: torch.Tensor | None = None
+    transposed: bool = False
+    low: torch.Tensor | None = None
+    tail: torch.Tensor | None = None
+    strength: float = 1.0
+
+    @property
+    def kind(self) -> str:
+        """`bf16`, `fp16` or `fp32`."""
+        return _triton.KINDS[self.x.dtype]
+
+    @property
+    def outputs(self) -> int:
+        """Columns of the result."""
+        return self.q.shape[1] if self.transposed else self.q.shape[0]
+
+    def empty(self) -> torch.Tensor:
+        """Room for the result, [M, outputs]."""
+        return torch.empty((self.x.shape[0], self.outputs), dtype=self.x.dtype, device=self.x.device)
+
+
+def sizes(call: Product) -> _paths.Sizes:
+    """What decides the way of this product."""
+    name = f"fp8_{'linear' if call.low is None else 'lora_linear'}{'_dx' if call.transposed else ''}"
+    n, k = call.q.shape
+    return _paths.Sizes(name, "triton", call.x.shape[0], n, k, call.x.dtype, call.x.device)
+
+
+def ways(call: Product) -> dict[_paths.Way, Callable[[], torch.Tensor]]:
+    """The ways that can serve it, each giving [M, outputs]. Tensor cores round float32: it has no fused product."""
+    found: dict[_paths.Way, Callable[[], torch.Tensor]] = {"panel": partial(panel, call)}
+    m = call.x.shape[0]
+    if m == 0 or call.q.numel() == 0:
+        return found
+    if call.kind == "fp32":
+        if m <= VECTOR_ROWS and call.low is None and not call.transposed:
+            found["small"] = partial(small, call)
+        return found
+    if m <= SMALL_ROWS:
+        found["small"] = partial(small, call)
+    found["fused"] = partial(fused, call)
+    return found
+
+
+# -- small and fused: W decoded inside the product --------------------------------------------------------------------
+
+
+def small(call: Product, tile: Tile | None = None) -> torch.Tensor:
+    """The product for few rows: one float32 sum per weight for float32 x, tensor cores on a short tile otherwise."""
+    if call.kind == "fp32":
+        return vector(call)
+    return fused(call, tile, short=True)
+
+
+def fused(call: Product, tile: Tile | None = None, *, short: bool = False) -> torch.Tensor:
+    """The product in one launch, for float16 and bfloat16; `tile` overrides the table (for measurements)."""
+    target = _triton.capability(call.x.device)
+    chosen = tile or tile_for(target, call.x.shape[0], transposed=call.transposed, short=short)
+    y = call.empty()
+    launch = _launch_dx if call.transposed else _launch_forward
+    with _triton.on_device(call.x):
+        launch(call, chosen, target, y)
+    return y
+
+
+def _launch_forward(call: Product, tile: Tile, target: int, y: torch.Tensor) -> None:
+    from musubi_kernels.ops.fp8_linear import kernels
+
+    (m, k), n = call.x.shape, call.q.shape[0]
+    scales = _triton.scales_of(call.q, call.scale)
+    how, block, groups = _triton.step_of(scales, tile.bk, k, otherwise="row")
+    if tile.after and how == "step" and groups == 1:
+        how = "after"
+    rank, low, tail = _low_rank(call)
+    even = k % tile.bk == 0
+    words = even and how != "each" and prefers_words(target, tile) and _words(call.q, block)
+    types = (call.fmt, call.kind, scales.tensor.dtype)
+    constants = forward_constants(
+        tile, target, Case(*types, how, block, groups, even, words, call.bias is not None, rank)
+    )
+    q = call.q.view(torch.int32) if constants["WORDS"] else call.q
+    kernels._fp8_linear_fwd_kernel[(cdiv(m, tile.bm) * cdiv(n, tile.bn),)](
+        call.x,
+        q,
+        scales.tensor,
+        call.x if call.bias is None else call.bias,
+        low,
+        tail,
+        y,
+        m,
+        n,
+        k,
+        rank,
+        call.strength,
+        call.x.stride(0),
+        q.stride(0),
+        scales.by_row,
+        scales.by_block,
+        low.stride(0),
+        tail.stride(0),
+        y.stride(0),
+        **constants,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )
+
+
+def _launch_dx(call: Product, tile: Tile, target: int, y: torch.Tensor) -> None:
+    from musubi_kernels.ops.fp8_linear import kernels
+
+    (m, n), k = call.x.shape, call.q.shape[1]
+    scales = _triton.scales_of(call.q, call.scale)
+    otherwise = "one" if scales.layout == "tensor" else "step"
+    how, block, groups = _triton.step_of(scales, tile.bn, k, otherwise=otherwise)
+    rank, low, tail = _low_rank(call)
+    even = k % tile.bn == 0 and n % tile.bk == 0
+    words = even and how != "each" and prefers_words(target, tile) and _words(call.q, block)
+    types = (call.fmt, call.kind, scales.tensor.dtype)
+    constants = dx_constants(tile, target, Case(*types, how, block, groups, even, words, False, rank))
+    q = call.q.view(torch.int32) if constants["WORDS"] else call.q
+    kernels._fp8_linear_dx_kernel[(cdiv(m, tile.bm) * cdiv(k, tile.bn),)](
+        call.x,
+        q,
+        scales.tensor,
+        low,
+        tail,
+        y,
+        m,
+        n,
+        k,
+        rank,
+        call.strength,
+        call.x.stride(0),
+        q.stride(0),
+        scales.by_row,
+        scales.by_block,
+        low.stride(0),
+        tail.stride(0),
+        y.stride(0),
+        **constants,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )
+
+
+def prefers_words(target: int, tile: Tile) -> bool:
+    """Whether codes are read as words: where the tile goes to tensor cores from registers.
+
+    The products of sm_90 and sm_100 read decoded weights from shared memory or tensor memory in any case.
+    """
+    return target not in (90, 100) or tile.bm < 64
+
+
+def _words(q: torch.Tensor, block: int) -> bool:
+    """Whether rows of codes can be read as aligned 32-bit words, four to a load."""
+    aligned = q.stride(0) % 16 == 0 and q.data_ptr() % 16 == 0 and q.storage_offset() % 4 == 0
+    return aligned and q.shape[1] % 4 == 0 and block % 4 == 0
+
+
+def _low_rank(call: Product) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """(rank, low, tail), with rank 0 and stand-ins where there is no branch."""
+    if call.low is None or call.tail is None:
+        return 0, call.x, call.x
+    return call.low.shape[1], _triton.matrix(call.low), _triton.matrix(call.tail)
+
+
+def vector(call: Product) -> torch.Tensor:
+    """The product for a row or two, all in float32."""
+    from musubi_kernels.ops.fp8_linear import kernels
+
+    (m, k), n = call.x.shape, call.q.shape[0]
+    tile = VECTOR_TILE if _triton.capability(call.x.device) else Tile(1, 16, 64, 4, 1)
+    scales = _triton.scales_of(call.q, call.scale)
+    how, block, groups = _triton.step_of(scales, tile.bk, k, otherwise="row")
+    types, even = (call.fmt, call.kind, scales.tensor.dtype), k % tile.bk == 0
+    case = Case(*types, how, block, groups, even, False, call.bias is not None, 0)
+    y = call.empty()
+    with _triton.on_device(call.x):
+        kernels._fp8_linear_rows_kernel[(cdiv(n, tile.bn), m)](
+            call.x,
+            call.q,
+            scales.tensor,
+            call.x if call.bias is None else call.bias,
+            y,
+            n,
+            k,
+            call.x.stride(0),
+            call.q.stride(0),
+            scales.by_row,
+            scales.by_block,
+            y.stride(0),
+            **vector_constants(tile, _triton.capability(call.x.device), case),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,
+        )
+    return y
+
+
+# -- panel: W decoded a part at a time, products by torch -------------------------------------------------------------
+
+
+def panel(call: Product) -> torch.Tensor:
+    """The product by torch on parts of the decoded weight."""
+    if call.transposed:
+        y = _panel.input_gradient(call.x, call.q, call.scale, partial(_decode, call.fmt))
+    else:
+        y = _panel.product(call.x, call.q, call.scale, call.bias, partial(_decode, call.fmt))
+    if call.low is not None and call.tail is not None:
+        tail = call.tail.to(y.dtype)
+        y.addmm_(call.low, tail if call.transposed else tail.t(), alpha=call.strength)
+    return y
+
+
+def _decode(fmt: str, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return dequantize(q, scale, fmt, dtype)
+
+
+# -- tables: what can be launched -------------------------------------------------------------------------------------
+
+VECTOR_ROWS: Final = 4
+VECTOR_TILE: Final = Tile(1, 16, 512, 4, 2)
+
+Buckets = tuple[tuple[int, Tile], ...]
+"""(up to how many rows, tile): the first that fits is taken, so lengths within a bucket compile nothing anew."""
+ANY: Final = 1 << 62
+
+SMALL: Final[Buckets] = (
+    (16, Tile(16, 64, 64, 4, 5, after=True, why="the shortest of tensor cores; five steps in flight hide the DRAM")),
+    (ANY, Tile(32, 64, 64, 4, 4, after=True)),
+)
+FORWARD: Final[dict[int, Buckets]] = {
+    80: (
+        (64, Tile(64, 64, 64, 4, 4, why="more tiles than 128 rows would give: enough for all multiprocessors")),
+        (ANY, Tile(128, 128, 64, 8, 3, why="shared memory of sm_86 holds three steps, not four")),
+    ),
+    90: (
+        (64, Tile(64, 64, 64, 4, 4)),
+        (ANY, Tile(128, 128, 64, 8, 4, why="227 KB of shared memory hold a deeper pipeline")),
+    ),
+}
+SMALL_DX: Final[Buckets] = ((16, Tile(16, 64, 64, 4, 5)), (ANY, Tile(32, 64, 64, 4, 4)))
+DX: Final[dict[int, Buckets]] = {
+    80: (
+        (64, Tile(64, 64, 64, 4, 4)),
+        (ANY, Tile(128, 64, 64, 4, 4, why="64 columns share one scale a row: it is a vector, and registers fit")),
+    ),
+    90: ((64, Tile(64, 64, 64, 4, 4)), (ANY, Tile(128, 64, 64, 4, 4))),
+}
+INTERPRETED: Final = Tile(32, 32, 64, 4, 2)
+INTERPRETED_SMALL: Final = Tile(16, 32, 64, 4, 2, after=True)
+"""The interpreter's tiles: small, so that ragged sizes have several tiles."""
+
+
+def tile_for(target: int, rows: int, *, transposed: bool, short: bool = False) -> Tile:
+    """The tile for `rows` rows on compute capability `target`; `short` for the way that reads W once."""
+    if target == 0:
+        return INTERPRETED_SMALL if short and rows <= 16 else INTERPRETED
+    return next(tile for most, tile in _buckets(target, transposed=transposed, short=short) if rows <= most)
+
+
+def tiles(target: int, *, transposed: bool) -> list[Tile]:
+    """Every tile that compute capability `target` can be given."""
+    if target == 0:
+        return [INTERPRETED, INTERPRETED_SMALL]
+    both = [_buckets(target, transposed=transposed, short=short) for short in (True, False)]
+    return [tile for buckets in both for _, tile in buckets]
+
+
+def _buckets(target: int, *, transposed: bool, short: bool) -> Buckets:
+    if short:
+        return SMALL_DX if transposed else SMALL
+    return (DX if transposed else FORWARD)[90 if target in (90, 100) else 80]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What besides the tile decides a kernel's code: format, types, where scales apply, evenness, bias and rank."""
+
+    fmt: str
+    kind: str
+    scale: torch.dtype
+    how: str
+    block: int
+    groups: int
+    even: bool
+    words: bool
+    bias: bool
+    rank: int
+
+
+def _constants(tile: Tile, target: int, case: Case) -> dict[str, Any]:
+    scaled = case.how in ("step", "each")
+    split = scaled and _triton.needs_split(case.kind, case.scale)
+    how = _triton.decoder_for(target, case.fmt, case.kind, scaled=scaled, split=split)
+    words = case.words and how.words != ""
+    return {
+        "E5M2": case.fmt == "e5m2",
+        "WORDS": words,
+        "ASM": how.words if words else how.bytes,
+        "SPLIT": split,
+        "BEFORE": how.before,
+        "AFTER": how.after,
+        "SCALES": case.how,
+        "BLOCK": case.block,
+        "GROUPS": case.groups,
+        "EVEN": case.even,
+        "HAS_LOW": case.rank > 0,
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BK": tile.bk,
+        "BR": 16 if case.rank <= 16 else 32 if case.rank <= 32 else 64,
+        "GROUP": tile.group,
+    }
+
+
+def forward_constants(tile: Tile, target: int, case: Case) -> dict[str, Any]:
+    """The constexprs of the forward kernel."""
+    return {**_constants(tile, target, case), "HAS_BIAS": case.bias, "SWAP": tile.swap}
+
+
+def dx_constants(tile: Tile, target: int, case: Case) -> dict[str, Any]:
+    """The constexprs of the input gradient's kernel."""
+    return _constants(tile, target, case)
+
+
+def vector_constants(tile: Tile, target: int, case: Case) -> dict[str, Any]:
+    """The constexprs of the float32 kernel for a row or two."""
+    how = _triton.decoder_for(target, case.fmt, "fp16", scaled=False, split=False)
+    return {
+        "E5M2": case.fmt == "e5m2",
+        "ASM": how.bytes,
+        "BEFORE": how.before,
+        "SCALES": case.how,
+        "BLOCK": case.block,
+        "GROUPS": case.groups,
+        "EVEN": case.even,
+        "HAS_BIAS": case.bias,
+        "BN": tile.bn,
+        "BK": tile.bk,
+    }
+
+
+def shipped() -> Iterator[Shipped]:
+    """Every kernel and tile of this op, with the types that matter first (`core`) and the rest."""
+    for target in _triton.TARGETS:
+        for transposed in (False, True):
+            for tile in tiles(target, transposed=transposed):
+                yield from _shipped_tile(target, tile, transposed)
+        yield from _shipped_rows(target)
+
+
+def _shipped_rows(target: int) -> Iterator[Shipped]:
+    from musubi_kernels.ops.fp8_linear import kernels
+
+    function, tile = kernels._fp8_linear_rows_kernel, VECTOR_TILE
+    fp32, groups = torch.float32, max(1, tile.bk // 64)
+    for case in (
+        Case("e4m3", "fp32", fp32, "step", 64, groups, True, False, True, 0),
+        Case("e4m3", "fp32", torch.bfloat16, "step", 64, groups, True, False, False, 0),
+        Case("e5m2", "fp32", fp32, "row", 1 << 30, 1, True, False, True, 0),
+        Case("e4m3", "fp32", fp32, "each", 48, 1, False, False, True, 0),
+    ):
+        constants = vector_constants(tile, target, case)
+        types = {"x": "fp32", "q": "u8", "scale": _triton.KINDS[case.scale], "bias": "fp32", "y": "fp32"}
+        yield Shipped(
+            name=f"fp8_linear_rows-{tile.name}-fp32-{case.fmt}-{case.how}-{_triton.KINDS[case.scale]}"
+            f"{'' if case.even else '-ragged'}",
+            function=function,
+            signature={n: f"*{types[n]}" if n in types else "i32" for n in function.arg_names if n not in constants},
+            constexprs=constants,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            targets=(target,),
+            op="fp8_linear",
+            aligned=(*types, "K", "x_stride", "q_stride", "y_stride"),
+            core=case.how == "step" and case.scale == fp32,
+        )
+
+
+def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped]:
+    from musubi_kernels.ops.fp8_linear import kernels
+
+    function = kernels._fp8_linear_dx_kernel if transposed else kernels._fp8_linear_fwd_kernel
+    integers = [name for name in function.arg_names if name.endswith("_stride")]
+    for case in _cases(tile, transposed, prefers_words(target, tile)):
+        constants = (dx_constants if transposed else forward_constants)(tile, target, case)
+        wide = {"x": case.kind, "grad": case.kind, "y": case.kind, "dx": case.kind, "low": case.kind, "bias": case.kind}
+        types = {
+            **wide,
+            "q": "i32" if constants["WORDS"] else "u8",
+            "scale": _triton.KINDS[case.scale],
+            "up": "fp32",
+            "down": "fp32",
+        }
+        signature = {
+            name: f"*{types[name]}" if name in types else "fp32" if name == "strength" else "i32"
+            for name in function.arg_names
+            if name not in constants
+        }
+        plain = (
+            case.fmt == "e4m3"
+            and case.even
+            and case.words == prefers_words(target, tile)
+            and case.how in ("step", "after")
+            and not case.bias
+        )
+        yield Shipped(
+            name=f"fp8_linear_{'dx' if transposed else 'fwd'}-{tile.name}-{case.kind}-{case.fmt}-{case.how}"
+            f"-{_triton.KINDS[case.scale]}{'-words' if case.words else ''}{'-lora' if case.rank else ''}",
+            function=function,
+            signature=signature,
+            constexprs=constants,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            targets=(target,),
+            op="fp8_linear" if not case.rank else "fp8_lora_linear",
+            note=tile.why,
+            aligned=(*(t for t in types if t in function.arg_names), "N", "K", *integers),
+            hot=True,
+            core=plain,
+        )
+
+
+def _cases(tile: Tile, transposed: bool, words: bool) -> Iterator[Case]:
+    step = "after" if tile.after else "step"
+    width = tile.bn if transposed else tile.bk
+    whole = "one" if transposed else "row"
+    bf16, fp32 = torch.bfloat16, torch.float32
+    groups = max(1, width // 64)
+    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, words, False, 0)
+    yield Case("e4m3", "bf16", bf16, step, 64, groups, True, words, False, 32)
+    yield Case("e4m3", "bf16", fp32, step, 64, groups, True, words, False, 0)
+    yield Case("e4m3", "fp16", bf16, step, 64, groups, True, words, False, 0)
+    yield Case("e5m2", "bf16", bf16, step, 64, groups, True, words, not transposed, 0)
+    yield Case("e4m3", "bf16", fp32, whole, 1 << 30, 1, True, words, not transposed, 0)
+    if words:  # for rows that are not aligned
+        yield Case("e4m3", "bf16", bf16, step, 64, groups, True, False, False, 0)
+    yield Case("e4m3", "bf16", fp32, "each", 48, 1, False, False, not transposed, 0)
