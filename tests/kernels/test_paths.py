@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -84,6 +86,52 @@ def test_what_is_settled_is_not_asked_again_until_it_is_forgotten(
     assert _paths.run(SIZES, ways()) == "fused"
     _paths._SETTLED.clear()
     assert _paths.run(SIZES, ways()) == "small"
+
+
+class Clock:
+    """Stands in for `torch.cuda`: an event's time is the sum of what was done before it."""
+
+    now = 0.0
+    done: ClassVar[list[str]] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = Clock.now
+
+        def synchronize(self) -> None:
+            Clock.done.append("waited")
+
+        def elapsed_time(self, end: Clock.Event) -> float:
+            return end.at - self.at
+
+
+def test_a_call_is_timed_behind_work_that_fills_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Clock.Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(_paths, "_BUSY_SIDE", 2)
+    monkeypatch.setattr(Clock, "done", [])
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **words: (Clock.done.append("busy"), product(*args, **words))[1])
+
+    def call() -> None:
+        Clock.done.append("call")
+        Clock.now += 3.0
+
+    assert _paths._seconds(call, CPU) == pytest.approx(3e-3)
+    assert Clock.done == ["call"] + (["busy"] * _paths._BUSY_PRODUCTS + ["call", "waited"]) * _paths._ROUNDS
+
+
+def test_a_full_device_measures_nothing(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(call: Callable[[], str], device: torch.device) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(_paths, "_seconds", full)
+    monkeypatch.setattr(_paths, "decide", lambda *_: (None, ""))
+    assert _paths.run(SIZES, ways()) == "fused"
+    assert _paths._TABLE.get(SIZES.key()) is None
 
 
 def test_the_file_is_read_by_the_next_run_and_rows_of_others_survive(file: Path) -> None:
