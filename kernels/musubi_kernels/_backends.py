@@ -76,4 +76,9 @@ def _describe(name: Backend) -> str:
         from musubi_kernels import _cuda
 
         return f"available: built for {_cuda.targets()}, newer devices run its PTX"
-    return "available: torch operations in row chunks, any device" if name == "reference" else "available"
+    if name == "triton":
+        from musubi_kernels import _triton
+
+        where = "in its interpreter, where it is pinned" if _triton.interpreting() else "on CUDA devices from sm_80"
+        return f"available: {where}"
+    return "available: torch operations in row chunks, any device"

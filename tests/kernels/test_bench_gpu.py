@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,12 +42,14 @@ def test_smoke_runs_every_product_by_every_way(tmp_path: Path) -> None:
 def test_nothing_is_reported_when_a_product_is_wrong(tmp_path: Path) -> None:
     code = (
         "import sys, gpu, gpu_contestants as c\n"
-        "c.fp8_linear = lambda x, q, scale: c.F.linear(x, c.undo(q, scale)) * 1.01\n"
+        "c.fp8_linear = lambda x, q, scale: c.F.linear(x, c.undo(q, scale)) * 1.02\n"
         "sys.exit(gpu.main(sys.argv[1:]))\n"
     )
     done = smoke("--out", str(tmp_path), code=code)
     assert done.returncode == 1
-    assert "forward by auto, M=1, N=96, K=128: relative error 1.0" in done.stderr
+    found = re.findall(r"(\w+) by .*, M=(\d+), N=96, K=128: relative error (\S+)", done.stderr)
+    assert {(product, m) for product, m, _ in found} == {("forward", "1"), ("forward", "20")}
+    assert all(0.017 < float(error) < 0.023 for _, _, error in found), "two hundredths too much were planted"
     assert not (tmp_path / "gpu.json").exists()
 
 
