@@ -344,6 +344,13 @@ SMALL_DX: Final[dict[bool, Buckets]] = {
         (ANY, Tile(32, 64, 128, 4, 4, split=True)),
     ),
 }
+NATIVE_WIDE: Final[Buckets] = (
+    (
+        16,
+        Tile(16, 64, 64, 4, 5, split=True, why="128 of K spill registers on sm_100 and sm_120"),
+    ),
+    *SMALL[False][1:],
+)
 FORWARD: Final[dict[int, Buckets]] = {
     80: (
         (64, Tile(64, 64, 64, 4, 4, why="more tiles than 128 rows would give: enough for all multiprocessors")),
@@ -376,7 +383,9 @@ def tile_for(target: int, rows: int, outputs: int, *, transposed: bool, short: b
     """The tile for `rows` rows on compute capability `target`; `short` for the way that reads W once."""
     if target == 0:
         return INTERPRETED_SMALL if short and rows <= 16 else INTERPRETED
-    if short:
+    if short and target >= 100 and not transposed and outputs > NARROW:
+        buckets = NATIVE_WIDE
+    elif short:
         buckets = (SMALL_DX if transposed else SMALL)[outputs <= NARROW]
     else:
         buckets = (DX if transposed else FORWARD)[90 if target in (90, 100) else 80]
