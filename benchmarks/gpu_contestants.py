@@ -16,8 +16,9 @@ from torch.autograd.graph import saved_tensors_hooks
 import musubi_kernels
 from gpu_clock import Call, Contestant
 from musubi_kernels import dequantize_fp8, fp8_linear, fp8_lora_linear, quantize_fp8
-from musubi_kernels._backends import PIN_VARIABLE, missing
+from musubi_kernels._backends import missing
 from musubi_kernels._paths import WAY_VARIABLE, WAYS
+from musubi_kernels._pin import PIN_VARIABLE
 
 RANK = 32
 SPREAD_BYTES = 192 << 20

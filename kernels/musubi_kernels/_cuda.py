@@ -11,14 +11,13 @@ from types import ModuleType
 import torch
 
 from musubi_kernels import _native
-from musubi_kernels._backends import load_native
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def missing() -> str | None:
     """Why the CUDA C++ bodies cannot run here, or None."""
-    loaded, reason = load_native()
+    loaded, reason = _native.load()
     if loaded is None:
         return reason
     if not hasattr(loaded, "cuda"):

@@ -12,9 +12,10 @@ from typing import Any, Final
 
 import torch
 
-from musubi_kernels._backends import BACKENDS, missing
+from musubi_kernels._backends import missing
 from musubi_kernels._native import isa_name
 from musubi_kernels._op import Op
+from musubi_kernels._pin import BACKENDS
 
 
 @dataclass(frozen=True)

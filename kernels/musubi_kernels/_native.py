@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import os
 from types import ModuleType
 from typing import Final
 
 import torch
-
-from musubi_kernels._backends import load_native
 
 ISA_VARIABLE: Final = "MUSUBI_KERNELS_ISA"
 DTYPE_CODES: Final = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -21,9 +21,21 @@ ABSENT: Final = (0, 0)
 """Address and dtype of a tensor that is not there."""
 
 
+@functools.cache
+def load() -> tuple[ModuleType | None, str]:
+    """(the compiled module, the instruction sets it can use) or (None, why it is not there)."""
+    try:
+        module = importlib.import_module("musubi_kernels._C")
+    except ImportError as error:
+        if importlib.util.find_spec("musubi_kernels._C") is None:
+            return None, "the compiled module is not built (install with a C++ compiler present to get it)"
+        return None, f"the compiled module does not load ({error})"
+    return module, ""
+
+
 def module() -> ModuleType:
     """The compiled module; only called where `missing("native")` is None."""
-    loaded, reason = load_native()
+    loaded, reason = load()
     if loaded is None:
         raise ValueError(f"no compiled module: {reason}")
     return loaded

@@ -14,7 +14,8 @@ from typing import Any, Final
 
 import torch
 
-from musubi_kernels._backends import BACKENDS, PIN_VARIABLE, Backend, missing, pinned
+from musubi_kernels._backends import missing
+from musubi_kernels._pin import BACKENDS, PIN_VARIABLE, Backend, pinned
 
 LIBRARY: Final = torch.library.Library("musubi_kernels", "DEF")
 _log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import torch
 
-from musubi_kernels._backends import pinned
+from musubi_kernels._pin import pinned
 from musubi_kernels._ptx_decoders import PLAIN, Decoder, decoder
 
 TARGETS: Final = (80, 86, 89, 90, 100, 120)
