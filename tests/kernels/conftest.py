@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from golden_data import REFERENCE
@@ -32,6 +34,21 @@ def native(monkeypatch: pytest.MonkeyPatch) -> None:
     if reason:
         pytest.skip(reason)
     monkeypatch.delenv("MUSUBI_KERNELS", raising=False)
+
+
+@pytest.fixture
+def exact_products() -> Iterator[None]:
+    """Torch's own products on a device, which panels use: float32 means float32, and where cuBLAS shares a 16-bit
+    product out over K, its parts are added in float32. (By default they are rounded to 16 bits first.)"""
+    flags = torch.backends.cuda.matmul
+    kinds = ("bf16", "fp16")
+    names = ("allow_tf32", *(f"allow_{kind}_reduced_precision_reduction" for kind in kinds))
+    before = {name: getattr(flags, name) for name in names}
+    for name in names:
+        setattr(flags, name, False)
+    yield
+    for name, value in before.items():
+        setattr(flags, name, value)
 
 
 @pytest.fixture(scope="session")

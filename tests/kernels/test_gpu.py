@@ -29,14 +29,12 @@ SIZES += [(70, 97, 65), (130, 193, 1030), (200, 512, 1536), (1, 1, 1), (64, 49, 
 
 
 @pytest.fixture(params=["triton", "cuda"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, exact_products: None) -> Iterator[str]:
     """Pins a GPU backend; skips where this build has none of that name."""
     reason = missing(request.param)
     if reason:
         pytest.skip(reason)
     monkeypatch.setenv("MUSUBI_KERNELS", request.param)
-    # the products of the panel path are torch's: float32 must mean float32
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     yield request.param
     torch.cuda.synchronize()
 

@@ -17,7 +17,7 @@ from musubi_kernels import (
     quantize_fp8,
 )
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_products")]
 
 WORST = 5e-3
 """Of the largest output."""
