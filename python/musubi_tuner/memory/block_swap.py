@@ -228,7 +228,7 @@ class BlockSwap:
     def _watch_gradients(self) -> None:
         for rest in self.resting:
             for tensor in rest.tensors:
-                if isinstance(tensor, nn.Parameter):
+                if tensor.requires_grad:
                     tensor.register_post_accumulate_grad_hook(rest.take_gradient)
 
 

@@ -31,7 +31,8 @@ def assemble(of: Setting) -> Assembled:
     """Load the model and make what is trained."""
     dit, trainable = _model(of)
     swap = of.memory.install(dit)
-    chosen, blocks = of.options[RunOptions], direct
+    chosen = of.options[RunOptions]
+    blocks: Run = direct
     if chosen.gradient_checkpointing:
         blocks = checkpointed(direct, cpu_offload=chosen.gradient_checkpointing_cpu_offload)
     if (compiling := settings_of(of.options[CompileOptions], os.environ)) is not None:
