@@ -101,6 +101,11 @@ def pin(memory: Tensor) -> bool:
     return True
 
 
-def lanes_for(device: torch.device, *, pinned: bool) -> Lanes | None:
-    """The lanes of a device that has memory of its own; None for others, where there is nothing to swap to."""
-    return CudaLanes(device, pinned=pinned) if device.type == "cuda" else None
+def has_lanes(device: torch.device) -> bool:
+    """Whether the device has memory of its own, so that there is something to swap to."""
+    return device.type == "cuda"
+
+
+def lanes_for(device: torch.device, *, pinned: bool) -> Lanes:
+    """The lanes of a device that has some."""
+    return CudaLanes(device, pinned=pinned)

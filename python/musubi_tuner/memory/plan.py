@@ -20,7 +20,7 @@ from torch import nn
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import option
 from musubi_tuner.memory.block_swap import BlockSwap
-from musubi_tuner.memory.lanes import Lanes, lanes_for
+from musubi_tuner.memory.lanes import Lanes, has_lanes, lanes_for
 from musubi_tuner.nn.runner import Run, direct
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def unread(chosen: SwapOptions, device: torch.device | None = None, *, trained: 
             yield name, "without blocks_to_swap"
     if trained:
         yield "img_in_txt_in_offloading", "with full_finetune, which trains these layers"
-    if device is not None and lanes_for(device, pinned=False) is None:
+    if device is not None and not has_lanes(device):
         for name in SwapOptions.__dataclass_fields__:
             yield name, f"on {device}, where all weights are in host memory already"
 
@@ -141,9 +141,9 @@ def plan_memory(
         raise UserError(
             f"blocks_to_swap = {chosen.blocks_to_swap}: this model has {told}, and one of each must stay; use 0..{most}"
         )
-    lanes = lanes_for(device, pinned=chosen.use_pinned_memory_for_block_swap) if chosen.any else None
-    if lanes is None:
+    if not chosen.any or not has_lanes(device):
         return MemoryPlan()
+    lanes = lanes_for(device, pinned=chosen.use_pinned_memory_for_block_swap)
     paths = [
         f"{name}.{i}"
         for (name, count), share in zip(found.items(), shares, strict=True)
@@ -173,7 +173,7 @@ def most_swapped(lengths: Sequence[int]) -> int:
     if len(lengths) == 1:
         return max(0, lengths[0] - 1)
     large, small = lengths
-    return max(2 * (large - 1), (small - 1) // 2)
+    return max(2 * (large - 1), 2 * ((small - 1) // 2) - 1, min(small - 1, 1))
 
 
 def swapped(swap: BlockSwap | None, inner: Run = direct, *, recomputed: bool = False) -> Run:
