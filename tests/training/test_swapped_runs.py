@@ -13,10 +13,12 @@ from musubi_tuner.config.known import known_elsewhere
 from musubi_tuner.config.options import Resolved, parse
 from musubi_tuner.families import registry
 from musubi_tuner.memory import plan
-from musubi_tuner.training import prepare, run
+from musubi_tuner.sampling.request import Request
+from musubi_tuner.training import prepare, preview, run
 from musubi_tuner.training.runtime import LocalRuntime
 from musubi_tuner.weights import load
 from swap_stand_in import StandIn, watching
+from tiny_models import TINY
 from training_place import make_place, tensors_in, words_of
 
 FAMILIES = registry.names()
@@ -112,6 +114,36 @@ def test_a_whole_run_keeps_the_order(name, places, tmp_path, device, monkeypatch
         words = ["--max_train_steps", "2", "--blocks_to_swap", "2", "--img_in_txt_in_offloading"]
         train(name, places[name], tmp_path, *AGAIN, *words)
     assert len(device[-1].copies) > 8
+
+
+class Window:
+    """A VAE that shows the first three channels of the latents."""
+
+    def to(self, _: torch.device) -> "Window":
+        return self
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents[:, :3].tanh()
+
+
+def test_previews_in_between_change_nothing_and_show_the_same(places, tmp_path, device, monkeypatch):
+    """Guided pictures, two branches a step, before the run and after each of its steps."""
+    requests = tuple(Request(f"picture {n}", seed=n, width=48, height=32, steps=2, guidance=3.0) for n in range(2))
+    prompts = {text: TINY["wan"].entry(3 + n) for n, text in enumerate(("", "picture 0", "picture 1"))}
+    monkeypatch.setattr(preview, "encode", lambda *_, **__: preview.Encoded(requests, prompts, Window()))
+    (tmp_path / "prompts.txt").write_text("read by nobody here\n")
+    words = [*AGAIN, "--sample_prompts", str(tmp_path / "prompts.txt"), "--vae", "none", "--sample_at_first"]
+    words += ["--sample_every_n_steps", "1"]
+    swapping = ["--blocks_to_swap", "2", "--block_swap_ring_size", "1"]
+    expected = train("wan", places["wan"], tmp_path / "plain", *AGAIN)
+    shown = []
+    for name, more in (("kept", []), ("swapped", swapping)):
+        assert same(train("wan", places["wan"], tmp_path / name, *words, *more), expected)
+        files = sorted((tmp_path / name / "sample").iterdir(), key=lambda path: path.stem.split("_")[1:3])
+        shown.append([path.read_bytes() for path in files])
+    assert len(shown[0]) == 8
+    assert shown[0] == shown[1]
+    assert len(device[-1].copies) > 8 * 2 * 2
 
 
 @pytest.mark.shows("use_pinned_memory_for_block_swap", "img_in_txt_in_offloading")
