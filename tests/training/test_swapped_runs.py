@@ -87,7 +87,7 @@ def test_the_file_is_that_of_a_run_without_swap(name, case, places, tmp_path, de
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_run_is_resumed_with_and_without_swap(name, places, tmp_path, device):
+def test_a_run_is_resumed_with_and_without_swap(name, places, tmp_path, device, caplog):
     words = [*AGAIN, "--max_train_steps", "4", "--save_every_n_steps", "2", "--save_state"]
     swapping = ("--blocks_to_swap", "2")
     expected = train(name, places[name], tmp_path / "whole", *words)
@@ -97,6 +97,7 @@ def test_a_run_is_resumed_with_and_without_swap(name, places, tmp_path, device):
         out = tmp_path / f"on{len(more)}"
         assert same(train(name, places[name], out, *words, *more, "--resume", state), expected)
     assert len(device) == 2
+    assert "blocks_to_swap" not in caplog.text, "it is no departure from the state"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -186,6 +187,11 @@ def test_blocks_that_rest_are_never_all_on_the_device(places, tmp_path, device, 
     [
         (["--blocks_to_swap", "3"], "blocks_to_swap = 3: this model has 3 blocks, and one of each must stay; use 0..2"),
         (["--blocks_to_swap", "-1"], "blocks_to_swap -1: must be at least 0"),
+        (
+            ["--blocks_to_swap", "1", "--compile", "--compile_mode", "max-autotune"],
+            r"CUDA graphs \(max-autotune\) fix their addresses: compile with INDUCTOR in mode default",
+        ),
+        (["--blocks_to_swap", "1", "--dynamo_backend", "CUDAGRAPHS"], r"CUDA graphs \(cudagraphs\) fix"),
         (["--block_swap_ring_size", "0"], "block_swap_ring_size 0: must be at least 1"),
     ],
 )

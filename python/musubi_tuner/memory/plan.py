@@ -21,6 +21,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import option
 from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.lanes import Lanes, has_lanes, lanes_for
+from musubi_tuner.nn.compiling import CompileSettings
 from musubi_tuner.nn.runner import Run, direct
 
 log = logging.getLogger(__name__)
@@ -127,12 +128,19 @@ def plan_memory(
     device: torch.device,
     *,
     trained: bool = False,
+    compiling: CompileSettings | None = None,
 ) -> MemoryPlan:
     """The plan of `chosen` for a model whose block lists are `lists`, on `device`.
 
     inputs: of its modules, those that `img_in_txt_in_offloading` means. trained: all weights are.
-    Raises UserError for more blocks than can rest.
+    compiling: how the blocks are compiled. Raises UserError for more blocks than can rest, and for CUDA graphs.
     """
+    if chosen.blocks_to_swap and compiling is not None and compiling.captures:
+        raise UserError(
+            f"blocks_to_swap = {chosen.blocks_to_swap} moves weights from slot to slot, and CUDA graphs "
+            f"({compiling.mode or compiling.backend}) fix their addresses: compile with INDUCTOR in mode default or "
+            "max-autotune-no-cudagraphs"
+        )
     found = {name: len(list(dit.get_submodule(name).children())) for name in lists}
     shares = shared_out(chosen.blocks_to_swap, tuple(found.values()))
     if shares is None:

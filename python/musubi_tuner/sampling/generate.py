@@ -25,7 +25,7 @@ from musubi_tuner.config.options import Resolved
 from musubi_tuner.families.base import Dit, Encoders, Family, HasMagRatios, OwnSampling, SamplingDefaults, Vae
 from musubi_tuner.memory.placement import DTYPES, choose_device, release
 from musubi_tuner.memory.plan import MemoryPlan, SwapOptions, plan_memory, swapped, unread
-from musubi_tuner.nn.compiling import CompileOptions, compile_blocks
+from musubi_tuner.nn.compiling import CompileOptions, CompileSettings, compile_blocks
 from musubi_tuner.sampling import outputs, pictures
 from musubi_tuner.sampling.models import (
     OpenDit,
@@ -85,7 +85,7 @@ def run(family: Family, options: Resolved) -> None:
     device = choose_device(options[ModelOptions].device)
     policy, compiling = _policy(family, options[ModelOptions]), compile_settings(options, os.environ)
     opened = _open(family, options)
-    memory = _memory(opened, options, device)
+    memory = _memory(opened, options, device, compiling)
     _step_cache(family, options)  # its faults are told before the long work
     pictures.check_model(opened.dit, requests)
     writer = Writer.checked(family, options)
@@ -177,13 +177,15 @@ def _sampler(family: Family, options: Resolved, dit: Dit, device: torch.device, 
     return Sampler(family, dit, device, make_run=make_run, joint=joint, options=own, cache=cache)
 
 
-def _memory(opened: OpenDit, options: Resolved, device: torch.device) -> MemoryPlan:
+def _memory(
+    opened: OpenDit, options: Resolved, device: torch.device, compiling: CompileSettings | None = None
+) -> MemoryPlan:
     """Which weights rest on the host; what has no effect is told. Raises UserError."""
     chosen, spec = options[SwapOptions], opened.family.spec
     for name, why in dict(unread(chosen, device)).items():
         if options.given(name):
             log.warning("%s has no effect %s", name, why)
-    return plan_memory(opened.dit, spec.blocks, spec.inputs, chosen, device)
+    return plan_memory(opened.dit, spec.blocks, spec.inputs, chosen, device, compiling=compiling)
 
 
 def _step_cache(family: Family, options: Resolved) -> StepCache | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from musubi_tuner.config.options import Resolved
 from musubi_tuner.data.batches import CachedBatches, DataOptions, open_batches
 from musubi_tuner.families.base import Family
 from musubi_tuner.memory.plan import MemoryPlan, SwapOptions, plan_memory, unread
+from musubi_tuner.nn.compiling import CompileOptions, settings_of
 from musubi_tuner.sampling.models import OpenDit, read_model_config
 from musubi_tuner.training import checks
 from musubi_tuner.training.checkpoint import Names, output_folder, output_name
@@ -100,7 +102,9 @@ def _memory(opened: OpenDit, options: Resolved, runtime: LocalRuntime) -> Memory
             "swapped blocks rest on the host, where processes do not meet; use one process, or shards (--use_fsdp)"
         )
     spec = opened.family.spec
-    return plan_memory(opened.dit, spec.blocks, spec.inputs, chosen, runtime.device, trained=trained)
+    compiling = settings_of(options[CompileOptions], os.environ)
+    shape = (opened.dit, spec.blocks, spec.inputs)
+    return plan_memory(*shape, chosen, runtime.device, trained=trained, compiling=compiling)
 
 
 def _states(options: Resolved) -> StateOptions:

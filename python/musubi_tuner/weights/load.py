@@ -186,7 +186,8 @@ class _Loader:
             bar.update(info.nbytes)
             return self.checkpoint.read(placement.source, out=out).to(place, dtype)
         result = empty_weight(info.shape, dtype, place)
-        for first, rows in self._chunks(placement, bar):
+        through = self.device if placement.name in self.deltas else place
+        for first, rows in self._chunks(placement, bar, through):
             result[first : first + len(rows)].copy_(rows)
         return result
 
@@ -243,9 +244,14 @@ class _Loader:
             weight[first : first + len(rows)] = rows.float().clamp(-largest, largest).to(dtype)
         return weight
 
-    def _chunks(self, placement: Placement, bar: Any) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) on the device in the file's dtype, adapters merged; valid until the next step."""
-        info = placement.info
+    def _chunks(
+        self, placement: Placement, bar: Any, device: torch.device | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) in the file's dtype, adapters merged, on `device` (None: the loader's).
+
+        Valid until the next step.
+        """
+        info, device = placement.info, device or self.device
         count = info.shape[0]
         row_bytes = info.nbytes // count if count else 0
         step = max(1, CHUNK_BYTES // max(1, row_bytes))
@@ -254,9 +260,9 @@ class _Loader:
         for first in range(0, count, step):
             last = min(first + step, count)
             out = self._staging[: (last - first) * row_bytes].view(info.dtype).view(last - first, *info.shape[1:])
-            rows = self.checkpoint.read(placement.source, slice(first, last), out=out).to(self.device)
+            rows = self.checkpoint.read(placement.source, slice(first, last), out=out).to(device)
             for delta in self.deltas.get(placement.name, ()):
-                rows = rows.float() + delta(first, last).to(self.device)
+                rows = rows.float() + delta(first, last).to(device)
             yield first, rows.to(info.dtype)
             bar.update((last - first) * row_bytes)
 
