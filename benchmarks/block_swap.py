@@ -1,10 +1,10 @@
 """What block swap costs and saves on this GPU: step time and peak memory of a LoRA step, for several numbers of blocks.
 
 A transformer with the shapes of Wan 14B (fewer layers, random weights, FP8 or bf16), a LoRA of rank 16, checkpointed
-blocks, one batch; forward and backward. Every row is compared with the step without swap first: one that differs ends the
-benchmark (on a GPU by a hundredth of a gradient's norm, since attention's backward adds in no fixed order). The figure is
-the median of the rounds. `copies` is what a step must bring to the device over the measured bandwidth: what a step with
-swap is longer by, if less than that, is what was not hidden.
+blocks, one batch; forward and backward. Every row is compared with the step without swap first: one that differs ends
+the benchmark (on a GPU by a hundredth of a gradient's norm, since attention's backward adds in no fixed order). The
+figure is the median of the rounds. `copies` is what a step must bring to the device over the measured bandwidth: what a
+step with swap is longer by, if less than that, is what was not hidden.
 
     python benchmarks/block_swap.py --layers 16 --swap 0,4,8,15 --tokens 4096 --fp8
     python benchmarks/block_swap.py --smoke                  # on the CPU: nothing is timed, the steps are compared
