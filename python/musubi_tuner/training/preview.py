@@ -26,7 +26,7 @@ from musubi_tuner.config.options import Resolved
 from musubi_tuner.families.base import Dit, Encoders, Family, OwnSampling, Vae
 from musubi_tuner.flow import keyed
 from musubi_tuner.memory.placement import DTYPES, dtype_name, release
-from musubi_tuner.nn.runner import Run
+from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.optim.build import evaluating
 from musubi_tuner.sampling import outputs, pictures
 from musubi_tuner.sampling.models import Prompts, encode_prompts
@@ -144,7 +144,7 @@ class Previews(Quiet):
         encoded: Encoded,
         dit: Dit,
         *,
-        blocks: Run,
+        blocks: Run = direct,
         runtime: LocalRuntime,
         show: Show,
         names: Names,
