@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved, option
-from musubi_tuner.families.base import FamilySpec, SamplingDefaults
+from musubi_tuner.families.base import Family, FamilySpec, SamplingDefaults
 from musubi_tuner.flow.solvers import SOLVERS
 from musubi_tuner.memory.placement import DTYPES, dtype_name
 from musubi_tuner.nn.attention import MODES
@@ -165,3 +166,9 @@ def task_defaults(spec: FamilySpec, options: Resolved) -> SamplingDefaults:
     if task not in spec.tasks:
         raise UserError(f"--task {task}: use one of {', '.join(spec.tasks)}")
     return spec.tasks[task]
+
+
+def own_options(family: Family, options: Resolved) -> Any:
+    """The family's first own group, which its encoders, VAE and sampling are told by; None where it has none."""
+    groups = family.option_groups("generate")
+    return options[groups[0]] if groups else None
