@@ -20,15 +20,16 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
 from musubi_tuner.families.base import Encoders, Family, Vae
 from musubi_tuner.memory.placement import choose_device, release
-from musubi_tuner.nn.compiling import CompileOptions, compile_blocks
+from musubi_tuner.nn.compiling import CompileOptions
 from musubi_tuner.sampling import outputs, pictures
 from musubi_tuner.sampling.asked import make_requests
 from musubi_tuner.sampling.assembly import (
     load_vae,
+    loading_of,
     open_transformer,
-    policy_of,
     require_vae,
     sampler_of,
+    save_merged_model,
     step_cache_of,
 )
 from musubi_tuner.sampling.models import Prompts, encode, encode_prompts
@@ -39,7 +40,6 @@ from musubi_tuner.sampling.options import (
     OutputOptions,
     PromptOptions,
     SolverOptions,
-    compile_settings,
     own_options,
     task_defaults,
 )
@@ -70,6 +70,9 @@ def run(family: Family, options: Resolved) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
+    if options[LoraOptions].save_merged_model:
+        save_merged_model(options, open_transformer(family, options))
+        return
     if options[OutputOptions].latent_path:
         decode_files(family, options)
         return
@@ -78,8 +81,7 @@ def run(family: Family, options: Resolved) -> None:
         return
     requests = make_requests(family, options)
     device = choose_device(options[ModelOptions].device)
-    policy, compiling = policy_of(family, options[ModelOptions]), compile_settings(options, os.environ)
-    opened = open_transformer(family, options)
+    loading, opened = loading_of(family, options), open_transformer(family, options)
     step_cache_of(family, options)  # its faults are told before the long work
     pictures.check_model(opened.dit, requests)
     writer = Writer.checked(family, options)
@@ -96,9 +98,7 @@ def run(family: Family, options: Resolved) -> None:
     for request in requests:
         log.info("%s", request.summary())
     started = time.monotonic()
-    dit = opened.load(policy, device)
-    if compiling is not None:
-        compile_blocks(dit, family.spec.blocks, compiling)
+    dit = loading.load(opened, device)
     sampler = sampler_of(family, options, dit, device)
     samples = _sample(sampler, requests, prompts, seen, writer, batch=options[SolverOptions].sample_batch_size)
     if isinstance(sampler.cache, Calibration):
@@ -120,14 +120,14 @@ def serve(family: Family, options: Resolved, lines: TextIO) -> None:
     chosen, device, cpu = options[PromptOptions], choose_device(options[ModelOptions].device), torch.device("cpu")
     if chosen.prompt is not None or chosen.from_file is not None:
         raise UserError("--interactive reads its prompts from the terminal: leave --prompt and --from_file out")
-    policy, opened = policy_of(family, options[ModelOptions]), open_transformer(family, options)
+    loading, opened = loading_of(family, options), open_transformer(family, options)
     writer = Writer.checked(family, options)
     require_vae(options)
     encoders = family.load_encoders(own_options(family, options), device=cpu, dtype=torch.bfloat16)
     if encoders is None:
         raise UserError(f"prompts cannot be encoded without {family.spec.name}'s text encoder: name its files")
     vae = load_vae(family, options, cpu)
-    sampler = sampler_of(family, options, opened.load(policy, device), device)
+    sampler = sampler_of(family, options, loading.load(opened, device), device)
     for line in _asked_lines(lines):
         try:
             requests = make_requests(family, options, [parse_line(line)])

@@ -42,6 +42,11 @@ class ModelOptions:
     )
     fp8: bool = option(False, help="keep the transformer's large weights in FP8; without --fp8_scaled by a plain cast")
     fp8_scaled: bool = option(False, help="make the FP8 weights with one scale per 64 values; needs --fp8")
+    fp8_fast: bool = option(
+        False,
+        help="multiply FP8 weights with activations of 8 bits too: faster, with an error that is measured and told "
+        "once; needs --fp8",
+    )
     allow_prequantized: bool = option(False, help="accept an FP8 checkpoint that another tool has made")
     attn_mode: str = option(
         "sdpa",
@@ -59,6 +64,22 @@ class LoraOptions:
 
     lora_weight: tuple[str, ...] = option((), help="LoRA files, merged into the weights while they are loaded")
     lora_multiplier: tuple[float, ...] = option((), help="strength of each LoRA file in turn; 1 where none is given")
+    include_patterns: tuple[str, ...] = option(
+        (),
+        help="for each LoRA file in turn, a regular expression: only keys of the file in which it is found count; an "
+        "empty one says nothing",
+        metavar="PATTERN",
+    )
+    exclude_patterns: tuple[str, ...] = option(
+        (), help="the same for keys that do not count; exclude wins over include", metavar="PATTERN"
+    )
+    exclude_single_blocks: bool = option(False, help="leave what LoRA files hold for single-stream blocks out")
+    save_merged_model: str | None = option(
+        None,
+        help="write the transformer with the LoRA files merged into it, in the checkpoint's own layout and precision "
+        "(or dit_dtype), and stop",
+        metavar="FILE",
+    )
     strict_lora: bool = option(False, help="stop when any module of a LoRA file finds no place, instead of a warning")
 
 
