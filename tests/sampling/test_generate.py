@@ -2,7 +2,6 @@
 
 import logging
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,62 +9,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.config.options import option, parse
 from musubi_tuner.flow import solvers
-from musubi_tuner.sampling import generate, outputs
+from musubi_tuner.sampling import outputs
 from musubi_tuner.sampling.request import Request
 
 GAIN = 0.7
-
-
-@dataclass(frozen=True)
-class EncoderOptions:
-    """Toy encoder"""
-
-    words: str = option("", help="nothing")
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """Toy model"""
-
-    task: str = option("t", help="task")
-
-
-@pytest.fixture
-def world(tmp_path, toy):
-    """Files of a toy model, and a function that runs the command on them."""
-    save_file({"blocks.0.gain.weight": torch.full((1, 1), GAIN)}, tmp_path / "dit.safetensors")
-    save_file({"x": torch.zeros(1)}, tmp_path / "vae.safetensors")
-
-    class Loaded(toy.Family):
-        loaded: tuple[str, ...] = ()
-
-        def option_groups(self, command):
-            return (EncoderOptions, TaskOptions)
-
-        def load_encoders(self, options, *, device, dtype):
-            assert isinstance(options, EncoderOptions)
-            self.loaded += ("encoders",)
-            return super().load_encoders(options, device=device, dtype=dtype)
-
-        def load_vae(self, path, *, device, dtype, options=None):
-            self.loaded += ("vae",)
-            return super().load_vae(path, device=device, dtype=dtype)
-
-    family = Loaded()
-
-    def run(*words, dit=True, vae=True):
-        argv = ["--save_path", str(tmp_path / "out"), "--device", "cpu"]
-        argv += ["--dit", str(tmp_path / "dit.safetensors")] if dit else []
-        argv += ["--vae", str(tmp_path / "vae.safetensors")] if vae else []
-        argv += map(str, words)
-        groups = (*generate.GROUPS, *family.option_groups("generate"))
-        generate.run(family, parse(groups, argv, prog="generate", description=""))
-        return sorted((tmp_path / "out").iterdir())
-
-    run.family, run.folder = family, tmp_path
-    return run
 
 
 def expected(toy, request, gain=GAIN):
@@ -75,7 +23,8 @@ def expected(toy, request, gain=GAIN):
     def velocity(x, t):
         cond = (gain * x + toy.number_of(request.prompt)).tanh() + t
         uncond = (gain * x + toy.number_of(request.negative)).tanh() + t
-        return uncond + request.guidance * (cond - uncond)
+        guided = uncond + request.guidance * (cond - uncond)
+        return guided * (1 - request.rescale + request.rescale * cond.std() / guided.std())
 
     noise = torch.randn(
         3, (request.frames - 1) // 4 + 1, request.height // 8, request.width // 8,
@@ -101,6 +50,7 @@ def test_the_task_fills_in_what_is_not_said(world, toy):
     "fps",
     "infer_steps",
     "guidance_scale",
+    "guidance_rescale",
     "flow_shift",
     "sample_solver",
     "negative_prompt",
@@ -109,11 +59,12 @@ def test_the_task_fills_in_what_is_not_said(world, toy):
 def test_every_option_reaches_the_request(world, toy):
     words = "--video_size 32 64 --video_length 9 --fps 12 --infer_steps 3 --guidance_scale 2 --flow_shift 4"
     words += " --sample_solver dpm++ --seed 4 --output_type latent --negative_prompt blurry --cfg_batch"
+    words += " --guidance_rescale 0.5"
     (path,) = world("--prompt", "a dog", *words.split())
     latents, values = outputs.read_latents(str(path), "toy")
     request = Request(
         "a dog", 4, width=64, height=32, frames=9, fps=12, steps=3, guidance=2.0, shift=4.0, solver="dpm++",
-        negative="blurry",
+        negative="blurry", rescale=0.5,
     )  # fmt: skip
     assert Request(**values) == request
     torch.testing.assert_close(latents, expected(toy, request), rtol=1e-5, atol=1e-6)
@@ -323,6 +274,9 @@ def test_a_negative_prompt_without_guidance_is_named_as_idle(world, caplog):
     with caplog.at_level(logging.WARNING):
         world("--prompt", "x", "--negative_prompt", "y", "--guidance_scale", "1", "--output_type", "latent")
     assert "--negative_prompt has no effect" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        world("--prompt", "x", "--guidance_rescale", "0.5", "--guidance_scale", "1", "--output_type", "latent")
+    assert "--guidance_rescale has no effect" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
 from musubi_tuner.families.base import Family, OwnSampling, SamplingDefaults
-from musubi_tuner.sampling import pictures
+from musubi_tuner.sampling import pictures, source_video
 from musubi_tuner.sampling.options import PromptOptions, SolverOptions, own_options, task_defaults
 from musubi_tuner.sampling.prompts import PromptEntry, read_prompts
 from musubi_tuner.sampling.request import Request
@@ -50,13 +50,23 @@ def _request(
     family: Family, options: Resolved, common: Mapping[str, Any], given: dict[str, Any], entry: PromptEntry
 ) -> Request:
     """One entry's request: what only the family understands goes to it, pictures that it does not take are left out."""
-    said = dict(entry.said)
+    said, asked = dict(entry.said), "frames" in given or options.given("video_length")
     if isinstance(family, OwnSampling) and "frames" in given:
         said["f"] = str(given.pop("frames"))
     values = {**common, **given}
     left_out = pictures.unserved(values, family.spec)
     values = {name: value for name, value in values.items() if name not in left_out}
-    return pictures.planned(family, own_options(family, options), values, said)
+    if values["video"]:
+        temporal = family.spec.latents.temporal
+        values["frames"] = source_video.frames_of(values["video"], values["frames"], temporal=temporal, asked=asked)
+    own = own_options(family, options)
+    request = pictures.planned(family, own, values, said)
+    if request.video:
+        source_video.steps_left(request.steps, request.strength)
+    if options[PromptOptions].one_frame_auto_resize:
+        size = pictures.size_like(request, family.spec)
+        return request if size is None else pictures.planned(family, own, values | size, said)
+    return request
 
 
 def _common_values(family: Family, options: Resolved) -> dict[str, Any]:
@@ -75,6 +85,10 @@ def _common_values(family: Family, options: Resolved) -> dict[str, Any]:
         "embedded_guidance": _embedded(task, solver.embedded_cfg_scale),
         "shift": _or(solver.flow_shift, _or(task.shift, None if plans else 1.0)),
         "solver": _or(solver.sample_solver, task.solver),
+        "rescale": solver.guidance_rescale,
+        "video": None if plans else chosen.video_path,
+        "strength": chosen.strength if chosen.video_path else 1.0,
+        "control_masks": chosen.control_image_mask_path,
         "image": chosen.image_path,
         "end_image": chosen.end_image_path,
         "control_images": chosen.control_image_path,
@@ -97,6 +111,14 @@ def _tell_what_has_no_effect(
 ) -> None:
     if options.given("negative_prompt") and not any(r.guided for r in requests):
         log.warning("--negative_prompt has no effect: guidance is off at --guidance_scale 1")
+    if options.given("guidance_rescale") and not any(r.guided for r in requests):
+        log.warning("--guidance_rescale has no effect: guidance is off at --guidance_scale 1")
+    if options.given("video_path") and not any(r.video for r in requests):
+        log.warning("--video_path has no effect: this model goes on from pictures, in sections")
+    if options.given("strength") and not options.given("video_path"):
+        log.warning("--strength has no effect without --video_path")
+    if options.given("one_frame_auto_resize") and not any(r.frames == 1 and r.pictures for r in requests):
+        log.warning("--one_frame_auto_resize has no effect: it is for single pictures that come with a picture")
     if idle:
         log.warning("without effect, since this model takes no such pictures: %s", ", ".join(sorted(idle)))
     unserved = sorted({name for entry in entries for name in entry.unserved})

@@ -146,4 +146,4 @@ def step_cache_of(family: Family, options: Resolved) -> StepCache | None:
 def require_vae(options: Resolved) -> None:
     """Raises UserError where no VAE is named, for requests that need it."""
     if options[ModelOptions].vae is None:
-        raise UserError("--vae is required: pictures that a request comes with are encoded by it")
+        raise UserError("--vae is required: pictures and videos that a request comes with are encoded by it")

@@ -85,7 +85,7 @@ def run(family: Family, options: Resolved) -> None:
     step_cache_of(family, options)  # its faults are told before the long work
     pictures.check_model(opened.dit, requests)
     writer = Writer.checked(family, options)
-    if any(request.pictures for request in requests):
+    if any(request.needs_vae for request in requests):
         require_vae(options)
     seen: dict[Request, Mapping[str, Tensor]] = {}
 

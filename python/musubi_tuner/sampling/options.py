@@ -91,13 +91,31 @@ class PromptOptions:
     negative_prompt: str | None = option(None, help="text to lead away from, where guidance is on; empty if not given")
     from_file: str | None = option(
         None,
-        help="prompt file: one prompt per line with its own --w --h --f --d --s --g --l --fs --n --i --ei --ci",
+        help="prompt file: one prompt per line with its own --w --h --f --d --s --g --l --fs --n --i --ei --ci --cim",
         metavar="FILE",
     )
     interactive: bool = option(False, help="read such lines from the terminal, with the models kept loaded")
     image_path: str | None = option(None, help="picture that the video begins with, or goes on from", metavar="FILE")
     end_image_path: str | None = option(None, help="picture that the video ends with", metavar="FILE")
     control_image_path: tuple[str, ...] = option((), help="control pictures", metavar="FILE")
+    control_image_mask_path: tuple[str, ...] = option(
+        (),
+        help="for each control picture in turn, what of it counts: white; the picture's opacity if not given",
+        metavar="FILE",
+    )
+    one_frame_auto_resize: bool = option(
+        False,
+        help="a single picture takes the shape of its first control (or start) picture, with the area of video_size",
+    )
+    video_path: str | None = option(
+        None, help="video to begin from, in place of noise alone; see strength", metavar="FILE"
+    )
+    strength: float = option(
+        0.8,
+        help="with video_path: the part of the steps that are made, 1 for all (nothing of the video is left)",
+        above=0,
+        maximum=1,
+    )
     video_size: tuple[int, int] | None = option(
         None, help="height and width in pixels, in this order; the task's if not given", minimum=1
     )
@@ -116,6 +134,12 @@ class SolverOptions:
     )
     guidance_scale: float | None = option(
         None, help="scale of classifier-free guidance; 1 turns it off and halves the time; the task's if not given"
+    )
+    guidance_rescale: float = option(
+        0.0,
+        help="share of guidance's contrast that is taken back to that of the prompt alone, 0 to 1",
+        minimum=0,
+        maximum=1,
     )
     embedded_cfg_scale: float | None = option(
         None, help="guidance that a distilled transformer is told as an input; the task's if not given", minimum=0
