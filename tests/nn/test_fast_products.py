@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from musubi_kernels import dynamic_error, fp8_linear, fp8_linear_dynamic, quantize_fp8
-from musubi_tuner.nn.fast_products import multiply_fast
+from musubi_tuner.nn.fast_products import move_up, multiply_fast
 from musubi_tuner.nn.linear import Fp8Linear, fp8_slot
 
 
@@ -73,6 +73,25 @@ def test_the_error_is_told_once_and_is_that_of_the_layers_inputs(caplog):
     assert float(worst) == pytest.approx(100 * max(errors), abs=0.006)
     assert f"(blocks.{errors.index(max(errors))})" in line
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_weights_without_scales_are_moved_up_without_a_change(fmt, scale):
+    """Codes of every size, subnormal ones and a row of zeros among them; then integers see them too."""
+    slot = fp8_slot(nn.Linear(96, 33, bias=False), mode="tensor", fmt=fmt)
+    weight = torch.randn(33, 96, generator=torch.Generator().manual_seed(2)) * torch.logspace(-2, 1.5, 33)[:, None]
+    weight[5] = 0
+    slot.weight, slot.scale_weight = weight.to(slot.weight.dtype), torch.tensor(scale)
+    before = slot.weight.double() * slot.scale_weight.double()
+    error = dynamic_error(X[..., :96], slot.weight[:9], slot.scale_weight, kind="int8").overall
+    move_up(slot)
+    assert slot.scale_weight.shape == (33, 1)
+    assert torch.equal(slot.weight.double() * slot.scale_weight.double(), before)
+    peaks = slot.weight.float().abs().amax(1)
+    assert [n for n, peak in enumerate(peaks) if peak <= torch.finfo(slot.weight.dtype).max / 2] == [5]
+    assert error > 0.9, "integers see zeros"
+    assert dynamic_error(X[..., :96], slot.weight[:9], slot.scale_weight[:9], kind="int8").overall < 0.05
 
 
 def test_of_many_layers_some_are_measured(caplog):

@@ -1,5 +1,8 @@
 """FP8 layers that multiply 8-bit activations (`Fp8Linear.fast`), and what that costs in accuracy, told once.
 
+Weights that were cast without scales lie in a small part of FP8's range, where integers would see zeros. They are moved
+up by a power of two for each row, which changes no bit of what they stand for.
+
 The error is measured where it arises: in the first call of the model, on the inputs that some of its layers get then,
 against the product with activations as they are.
 """
@@ -17,6 +20,7 @@ from musubi_tuner.nn.linear import Fp8Linear
 
 log = logging.getLogger(__name__)
 
+CHUNK_ELEMENTS = 1 << 20
 MEASURED = 32
 """Layers that are measured, evenly spread: enough for a median, little beside the call itself."""
 
@@ -29,11 +33,32 @@ def multiply_fast(model: nn.Module, *, compiled: bool = False) -> int:
     layers = {path: module for path, module in model.named_modules() if isinstance(module, Fp8Linear)}
     for layer in layers.values():
         layer.fast = True
+        if layer.scale_weight.numel() == 1:
+            move_up(layer)
     if not layers:
         log.warning("--fp8_fast has no effect: no layer of this model is in FP8")
     else:
         _Measurement(model, layers, compiled)
     return len(layers)
+
+
+@torch.no_grad()
+def move_up(layer: Fp8Linear) -> None:
+    """Write the same weights `[N, K]`, which have one scale, with a scale `[N, 1]` float32 for each row.
+
+    Each row's largest code comes into the upper half of the format's range. Times a power of two is exact for all
+    codes: exponents grow, and what was subnormal has as few digits as before.
+    """
+    weight, largest = layer.weight, torch.finfo(layer.weight.dtype).max
+    scale = torch.empty(len(weight), 1, dtype=torch.float32, device=weight.device)
+    step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
+    for first in range(0, len(weight), step):
+        rows = weight[first : first + step].float()
+        peak = rows.abs().amax(dim=1, keepdim=True)
+        up = torch.where(peak > 0, torch.exp2(torch.floor(torch.log2(largest / peak))), 1.0)
+        weight[first : first + step] = (rows * up).to(weight.dtype)
+        scale[first : first + step] = layer.scale_weight.float() / up
+    layer.scale_weight = scale
 
 
 class _Measurement:
