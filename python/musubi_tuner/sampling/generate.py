@@ -102,7 +102,7 @@ def run(family: Family, options: Resolved) -> None:
     sampler = sampler_of(family, options, dit, device)
     samples = _sample(sampler, requests, prompts, seen, writer, batch=options[SolverOptions].sample_batch_size)
     if isinstance(sampler.cache, Calibration):
-        sampler.cache.tell()
+        sampler.cache.tell(options.script)
     del sampler, opened, dit
     release(device)
     log.info("%d sampled in %.1f s", len(samples), time.monotonic() - started)
