@@ -1,6 +1,7 @@
 """Guidance: from a model's branches (with the prompt, without it) to the one velocity that a solver asks for.
 
-    v = v_u + s (v_c - v_u)        classifier-free guidance (Ho & Salimans 2022)
+    v = v_u + s (v_c - v_u)                      classifier-free guidance (Ho & Salimans 2022)
+    v <- (1 - r) v + r v std(v_c) / std(v)       rescaled by r, against too strong contrasts (Lin et al. 2023, 3.4)
 
 A branch is a `Velocity`: the model with its conditioning and its own way of running the blocks, so a step cache lives
 in one branch and never sees another. A combination of branches is a `Velocity` again, which is what further kinds of
@@ -45,25 +46,33 @@ class Branch:
         return torch.autocast(device.type, dtype=self.dtype)
 
 
-def classifier_free(conditional: Velocity, unconditional: Velocity, scale: float) -> Velocity:
-    """v_u + scale (v_c - v_u) by two calls; the conditional branch is called first."""
+def classifier_free(conditional: Velocity, unconditional: Velocity, scale: float, *, rescale: float = 0.0) -> Velocity:
+    """v_u + scale (v_c - v_u), rescaled, by two calls; the conditional branch is called first."""
 
     def velocity(x: Tensor, t: float) -> Tensor:
         v = conditional(x, t)
-        without = unconditional(x, t)
-        return without + scale * (v - without)
+        return _guided(v, unconditional(x, t), scale, rescale)
 
     return velocity
 
 
-def classifier_free_joint(both: Velocity, scale: float) -> Velocity:
+def classifier_free_joint(both: Velocity, scale: float, *, rescale: float = 0.0) -> Velocity:
     """The same by one call of twice the batch: `both` holds the conditional samples first, then the others."""
 
     def velocity(x: Tensor, t: float) -> Tensor:
         v, without = both(torch.cat([x, x]), t).chunk(2)
-        return without + scale * (v - without)
+        return _guided(v, without, scale, rescale)
 
     return velocity
+
+
+def _guided(v: Tensor, without: Tensor, scale: float, rescale: float) -> Tensor:
+    guided = without + scale * (v - without)
+    if not rescale:
+        return guided
+    dims = tuple(range(1, v.ndim))
+    spread = v.std(dims, keepdim=True) / guided.std(dims, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+    return guided * (1 - rescale + rescale * spread)
 
 
 def on_device(value: Any, device: torch.device) -> Any:

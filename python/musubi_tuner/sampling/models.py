@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.families.base import Dit, Encoders, Family
+from musubi_tuner.families.base import Dit, Encoders, Family, OwnSampling
 from musubi_tuner.memory.placement import release
 from musubi_tuner.nn.attention import set_mode
 from musubi_tuner.sampling.request import Request
@@ -31,19 +31,24 @@ Prompts = Mapping[str, Mapping[str, Tensor]]
 """The condition of every prompt by its text, as the family's `encode_condition` makes it, on the CPU."""
 
 
-def captions(requests: Iterable[Request]) -> list[str]:
-    """The distinct texts that `requests` need, in order; negatives only where guidance uses them."""
-    texts = [text for r in requests for text in ((r.prompt, r.negative) if r.guided else (r.prompt,))]
-    return list(dict.fromkeys(texts))
+def captions(family: Family, requests: Iterable[Request]) -> dict[str, Request]:
+    """The distinct texts that `requests` need, in order, each with the first that does; negatives only where guidance
+    uses them."""
+    found: dict[str, Request] = {}
+    for request in requests:
+        texts = family.texts(request.prompt) if isinstance(family, OwnSampling) else (request.prompt,)
+        for text in (*texts, request.negative) if request.guided else texts:
+            found.setdefault(text, request)
+    return found
 
 
 @torch.no_grad()
 def encode(family: Family, encoders: Encoders, requests: Sequence[Request], *, progress: bool = True) -> Prompts:
     """Conditions of every text in `requests`, by loaded encoders."""
     found: dict[str, Mapping[str, Tensor]] = {}
-    wanted = captions(requests)
-    for text in tqdm(wanted, desc="encoding prompts", unit="prompt", disable=not progress or len(wanted) < 4):
-        owner = next(r for r in requests if text in (r.prompt, r.negative))
+    wanted = captions(family, requests)
+    bar = tqdm(wanted.items(), desc="encoding prompts", unit="prompt", disable=not progress or len(wanted) < 4)
+    for text, owner in bar:
         entry = family.encode_condition([owner.item(text)], encoders)[0]
         found[text] = {name: tensor.cpu() for name, tensor in entry.items()}
     return found

@@ -22,6 +22,7 @@ from musubi_tuner.flow import solvers
 from musubi_tuner.flow.schedules import Schedule
 from musubi_tuner.flow.solvers import Solve, Velocity
 from musubi_tuner.nn.runner import Run, direct
+from musubi_tuner.sampling import source_video
 from musubi_tuner.sampling.guidance import Branch, classifier_free, classifier_free_joint, on_device
 from musubi_tuner.sampling.models import Prompts
 from musubi_tuner.sampling.outputs import to_bytes
@@ -49,6 +50,7 @@ def denoise(
     schedule: Schedule,
     solver: Solve,
     guidance: float = 1.0,
+    rescale: float = 0.0,
     both: Conditioning | None = None,
     make_run: Callable[[], Run] = _direct,
     dtype: torch.dtype | None = None,
@@ -58,6 +60,7 @@ def denoise(
 
     Args:
         cond, uncond: conditionings of the B samples; `uncond` is needed when `guidance` is not 1.
+        guidance, rescale: see `sampling.guidance`.
         both: conditioning of 2B samples, `cond`'s first: guidance then takes one call per step in place of two.
         make_run: makes the way of running the blocks of each branch, so that a step cache begins anew in each.
         dtype: compute dtype (autocast); None leaves it to the weights.
@@ -72,9 +75,9 @@ def denoise(
     if guidance == 1.0:
         velocity = branch(cond)
     elif both is not None:
-        velocity = classifier_free_joint(branch(both), guidance)
+        velocity = classifier_free_joint(branch(both), guidance, rescale=rescale)
     elif uncond is not None:
-        velocity = classifier_free(branch(cond), branch(uncond), guidance)
+        velocity = classifier_free(branch(cond), branch(uncond), guidance, rescale=rescale)
     else:
         raise ValueError(f"guidance {guidance} needs a conditioning without the prompt (uncond or both)")
     with tqdm(total=len(schedule), desc=progress, unit="step", disable=progress is None, leave=None) as bar:
@@ -133,21 +136,23 @@ class Sampler:
         self, group: Sequence[Request], prompts: Prompts, pictures: Pictures, label: str | None
     ) -> list[Tensor]:
         """Latents of requests that differ in prompt and seed only."""
-        first, seen = group[0], [pictures.get(r, {}) for r in group]
+        first, seen = group[0], [dict(pictures.get(r, {})) for r in group]
+        clips = [found.pop("video") for found in seen] if first.video else []
         with_prompt = [{**_entry(r, prompts[r.prompt]), **p} for r, p in zip(group, seen, strict=True)]
         without = [{**_entry(r, prompts[r.negative]), **p} for r, p in zip(group, seen, strict=True) if first.guided]
         noise = torch.stack([initial_noise(r, self.family.spec) for r in group])
-        return list(self._denoised(first, noise, with_prompt, without, label))
+        begin = torch.stack(clips) if clips else None
+        return list(self._denoised(first, noise, with_prompt, without, label, begin=begin))
 
     def _by_family(
         self, family: OwnSampling, request: Request, prompts: Prompts, pictures: Pictures, label: str | None
     ) -> Tensor:
         """Latents of a request whose family has a loop of its own around `denoise`."""
         draws = torch.Generator().manual_seed(request.seed)
-        with_prompt = _entry(request, prompts[request.prompt])
         without = [_entry(request, prompts[request.negative])] if request.guided else []
 
-        def part(noise: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        def part(noise: Tensor, fields: Mapping[str, Tensor], text: str) -> Tensor:
+            with_prompt = _entry(request, prompts[text])
             texts = [{**with_prompt, **fields}], [{**entry, **fields} for entry in without]
             return self._denoised(request, noise[None], *texts, label)[0]
 
@@ -161,12 +166,21 @@ class Sampler:
         with_prompt: Sequence[Mapping[str, Tensor]],
         without: Sequence[Mapping[str, Tensor]],
         label: str | None,
+        *,
+        begin: Tensor | None = None,
     ) -> Tensor:
-        """Latents of `noise: [B, C, F, H, W]` by the settings of `first`, on the CPU."""
+        """Latents of `noise: [B, C, F, H, W]` by the settings of `first`, on the CPU.
+
+        begin: latents of clips to begin from, of that shape.
+        """
         solver, collate, joint = solvers.get(first.solver), self.family.collate, self.joint and first.guided
+        schedule = solver.schedule(first.steps, first.shift)
+        if begin is not None:
+            schedule = schedule.last(source_video.steps_left(first.steps, first.strength))
+            noise = source_video.begin(begin, noise, schedule)
         cache, make_run = self.cache, self.make_run
         if cache is not None:
-            make_run = partial(_cached, cache, first.steps, make_run)
+            make_run = partial(_cached, cache, len(schedule), make_run)
         with evaluating(self.dit):
             return denoise(
                 self.family,
@@ -174,9 +188,10 @@ class Sampler:
                 noise.to(self.device),
                 collate(with_prompt),
                 collate(without) if without and not joint else None,
-                schedule=solver.schedule(first.steps, first.shift),
+                schedule=schedule,
                 solver=solver.solve,
                 guidance=first.guidance,
+                rescale=first.rescale,
                 both=collate([*with_prompt, *without]) if joint else None,
                 make_run=make_run,
                 dtype=self.dtype,
