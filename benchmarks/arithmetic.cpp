@@ -33,15 +33,18 @@ Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
 template <class Step>
 float chains(long rounds, Step step) {
   Vec sums[kChains];
-  for (Vec& sum : sums) sum = ones();
-  for (long i = 0; i < rounds; ++i) {
-    for (Vec& sum : sums) {
-      sum = step(sum);
-      asm volatile("" : REGISTER(sum));  // a register, and not folded with the next round
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) sums[i] = ones();
+  for (long round = 0; round < rounds; ++round) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      sums[i] = step(sums[i]);
+      asm volatile("" : REGISTER(sums[i]));  // stays in its register, and is not folded with the next round
     }
   }
   float total = 0;
-  for (const Vec& sum : sums) total += reinterpret_cast<const float*>(&sum)[0];
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) total += sums[i][0];
   return total;
 }
 

@@ -1,8 +1,8 @@
 """One row of x while other processes are busy: what a pool that waits for its workers would lose.
 
 Four processes compute without pause, so that every worker thread waits for a core now and then. Ours with all its
-threads takes turns with ours on one thread, by the clock on the wall, and so does plain bf16, whose threads wait for each
-other.
+threads takes turns with ours on one thread, by the clock on the wall, and so does plain bf16, whose threads wait for
+each other.
 """
 
 from __future__ import annotations

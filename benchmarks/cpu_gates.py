@@ -82,16 +82,14 @@ class Row:
     ratios: Mapping[str, float]
     gates: tuple[Gate, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
-    plain_share: float = 0.0
-    """How near plain comes to reading its weight at memory's speed; for rows that do nothing but read."""
 
     def verdict(self, factor: float) -> Verdict:
         """Whether all gates hold, or all but the one that memory forbids, or not."""
         missed = [gate.name for gate in self.gates if not gate.holds(factor)]
         if not missed:
             return ""
-        at_limit = self.plain_share >= AT_THE_LIMIT and self.figures.get("read share", 0.0) >= AT_THE_LIMIT
-        return "limit" if missed == ["x plain"] and at_limit else "miss"
+        shares = [self.figures.get(name, 0.0) for name in ("read share", "plain read share")]
+        return "limit" if missed == ["x plain"] and min(shares) >= AT_THE_LIMIT else "miss"
 
 
 def compared(
@@ -102,7 +100,6 @@ def compared(
     *,
     figures: Mapping[str, float] | None = None,
     extra: tuple[Gate, ...] = (),
-    plain_share: float = 0.0,
 ) -> Row:
     """The row of `times` in seconds; gates on the ratios that `wanted` names, 0.9 of them for ragged sizes."""
     n, k, m = size
@@ -110,7 +107,7 @@ def compared(
     ratios = {name: taken / ours for name, taken in times.items() if name != "ours"}
     ease = 1.0 if k % 64 == 0 else 0.9
     gates = tuple(Gate(f"x {name}", ratios[name], least * ease) for name, least in wanted.items() if least)
-    return Row(what, n, k, m, ours * 1e3, ratios, gates + extra, figures or {}, plain_share)
+    return Row(what, n, k, m, ours * 1e3, ratios, gates + extra, figures or {})
 
 
 def has_bf16() -> bool:

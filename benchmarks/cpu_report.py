@@ -89,24 +89,38 @@ def save(folder: Path, title: str, rows: Sequence[Row], beside: Mapping[str, Any
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [row for row in rows if row.what == "forward"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4))
-    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    for axis, name in zip(axes, ("plain", "usual"), strict=True):
-        for (n, k), colour in zip(sorted({(row.n, row.k) for row in rows}), colours * 2, strict=False):
-            line = [row for row in rows if (row.n, row.k) == (n, k)]
-            axis.plot([r.m for r in line], [r.ratios[name] for r in line], "o-", color=colour, label=f"{n} x {k}", ms=4)
-        wanted = {r.m: g.wanted for r in rows if r.k % 64 == 0 for g in r.gates if g.name == f"x {name}"}
-        if wanted:
-            axis.plot(sorted(wanted), [wanted[m] for m in sorted(wanted)], "k--", lw=1, label="gate")
-        axis.axhline(1.0, color="grey", linewidth=0.8)
-        words = "plain bf16 F.linear" if name == "plain" else "dequantise, then F.linear"
-        axis.set(xscale="log", yscale="log", xlabel="rows of x", ylabel=f"speed relative to {words}")
-        ticks = sorted({row.m for row in rows})
-        axis.set_xticks(ticks, [str(m) for m in ticks])
-        axis.minorticks_off()
-    axes[0].legend(fontsize=7)
-    figure.suptitle(title, fontsize=8)
-    figure.tight_layout()
+    forward = [row for row in rows if row.what == "forward"]
+    if not forward:
+        return
+    peers = [name for name in forward[0].ratios if name not in IN_COLUMNS]
+    figure, axes = plt.subplots(1, 3 if peers else 2, figsize=(15.5 if peers else 11, 4.4), layout="constrained")
+    by_shape = {f"{n} x {k}": [r for r in forward if (r.n, r.k) == (n, k)] for n, k in {(r.n, r.k): 0 for r in forward}}
+    for axis, name in zip(axes, IN_COLUMNS, strict=False):
+        wanted = {r.m: g.wanted for r in forward if r.k % 64 == 0 for g in r.gates if g.name == f"x {name}"}
+        draw(axis, {label: {r.m: r.ratios[name] for r in line} for label, line in by_shape.items()}, wanted)
+    axes[0].set_title("over the usual path: dequantise, then F.linear", fontsize=9)
+    axes[1].set_title("over plain bf16 F.linear", fontsize=9)
+    if peers:
+        label, line = next(iter(by_shape.items()))
+        draw(axes[2], {name: {r.m: r.ratios[name] for r in line} for name in peers}, {})
+        axes[2].set_title(f"over other packages, {label}", fontsize=9)
+    figure.suptitle(f"Their time over ours. {title}", fontsize=9)
     figure.savefig(folder / "kernels.png", dpi=120)
     plt.close(figure)
+
+
+def draw(axis: Any, lines: Mapping[str, Mapping[int, float]], wanted: Mapping[int, float]) -> None:
+    """Ratios over rows of x, one line each, and the gate dashed."""
+    for label, line in lines.items():
+        axis.plot(list(line), list(line.values()), "o-", label=label, markersize=4, linewidth=1.2)
+    if wanted:
+        axis.plot(sorted(wanted), [wanted[m] for m in sorted(wanted)], "k--", linewidth=1, label="gate")
+    axis.axhline(1.0, color="grey", linewidth=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="rows of x")
+    sizes = sorted({m for line in lines.values() for m in line})
+    axis.set_xticks(sizes, [str(m) for m in sizes], fontsize=7)
+    lowest, highest = axis.get_ylim()
+    ticks = [each for each in (0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200) if lowest <= each <= highest]
+    axis.set_yticks(ticks, [f"{each:g}" for each in ticks])
+    axis.minorticks_off()
+    axis.legend(fontsize=7)

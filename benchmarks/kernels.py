@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"not measured, a product is wrong: {fault}", file=sys.stderr)
         return 1
     if options.quick:
-        return report(list(again(quick_rows(), options)), options, {})
+        rows = list(again(quick_rows(), options))
+        print(f"{machine()}\n{gates.applied()}\n{table(rows, options.gate)}")
+        return report(rows, options, {})
     if options.avx2_only:
         weight = made(*AVX2_SHAPE)
         rows = [forward_row(weight, m, Limits(0.0, 0.0, 0.0)) for m in AVX2_ROWS]
@@ -133,12 +136,12 @@ def sitting(options: argparse.Namespace) -> int:
     weight = made(*AVX2_SHAPE)
     rows += again(single_rows(weight, options), options)
     rows += gain_rows()
-    rows += avx2_rows(options)
+    rows += avx2_rows()
     beside = {"limits": vars(limits), "errors": peers.errors, "not measured": peers.absent}
     print(table(rows, options.gate))
     print(peer_table(rows, peers.errors, peers.absent))
     print(memory_table(memory))
-    return report(rows, options, beside, printed=True)
+    return report(rows, options, beside)
 
 
 def single_rows(weight: Weight, options: argparse.Namespace) -> Iterator[Callable[[], Row]]:
@@ -189,7 +192,7 @@ def scratch_row() -> Row:
     return Row("scratch", n, k, 64, 0.0, {}, (gate,), {"scratch MB": held / 2**20})
 
 
-def avx2_rows(options: argparse.Namespace) -> list[Row]:
+def avx2_rows() -> list[Row]:
     """Forward where ours and torch both have AVX2 only: a child process, whose libraries are told so."""
     usable = _native.module().isas()
     if "avx2" not in usable or not gates.has_bf16():
@@ -200,21 +203,18 @@ def avx2_rows(options: argparse.Namespace) -> list[Row]:
         command = [sys.executable, __file__, "--avx2-only", "--out", folder]
         subprocess.run(command, check=True, capture_output=True, timeout=600, env=os.environ | pins)
         saved = json.loads((Path(folder) / "kernels.json").read_text())["rows"]
-    rows = []
-    for row in saved:
-        made_gates = tuple(Gate(**gate) for gate in row["gates"])
-        rows.append(
-            Row("forward, AVX2 alone", row["n"], row["k"], row["m"], row["milliseconds"], row["ratios"], made_gates)
-        )
-    return rows
+    return [
+        Row("forward, AVX2 alone", *(row[key] for key in ("n", "k", "m", "milliseconds", "ratios")), gates_of(row))
+        for row in saved
+    ]
 
 
-def report(
-    rows: Sequence[Row], options: argparse.Namespace, beside: Mapping[str, object], printed: bool = False
-) -> int:
-    """Prints what is not yet printed, saves, and gives the exit status."""
-    if not printed:
-        print(f"{machine()}\n{gates.applied()}\n{table(rows, options.gate)}")
+def gates_of(row: Mapping[str, Any]) -> tuple[Gate, ...]:
+    return tuple(Gate(**gate) for gate in row["gates"])
+
+
+def report(rows: Sequence[Row], options: argparse.Namespace, beside: Mapping[str, object]) -> int:
+    """Saves, says how many rows hold, and gives the exit status."""
     save(Path(options.out), machine(), rows, beside, options.gate)
     print(summary(rows, options.gate))
     return int(options.gate > 0 and any(row.verdict(options.gate) == "miss" for row in rows))
