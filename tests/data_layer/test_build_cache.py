@@ -94,6 +94,17 @@ def test_the_latents_are_those_of_the_picture(run):
     np.testing.assert_allclose(stored[:, 0].permute(1, 2, 0).numpy(), means, atol=1e-5)
 
 
+@pytest.mark.shows("disable_cudnn_backend")
+def test_the_vae_is_coded_without_cudnn_where_that_is_asked(run, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    run.latents()
+    assert torch.backends.cudnn.enabled
+    log = run.latents("--disable_cudnn_backend")
+    assert not torch.backends.cudnn.enabled
+    assert log[-1] == "latent caches: 0 to make, 4 fresh", "no other way of convolving makes another cache"
+    assert "disable_cudnn_backend has no effect on cpu" in log
+
+
 @pytest.mark.shows("batch_size", "num_workers")
 def test_batches_of_the_cap_give_the_same_files(run):
     run.latents()

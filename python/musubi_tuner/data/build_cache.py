@@ -73,6 +73,7 @@ class VaeOptions:
         choices=tuple(DTYPES),
         parse=_dtype,
     )
+    disable_cudnn_backend: bool = option(False, help="let torch's own CUDA kernels convolve in place of cuDNN's")
 
 
 LATENT_GROUPS: tuple[type, ...] = (CacheOptions, VaeOptions, ViewOptions)
@@ -96,6 +97,10 @@ def cache_latents(family: Family, options: Resolved) -> None:
         raise UserError(f"--vae {vae_file} is not there")
     device, dtype = pick_device(chosen.device), DTYPES[vae_options.vae_dtype]
     own = _family_options(family, options, "cache_latents")
+    if vae_options.disable_cudnn_backend:
+        torch.backends.cudnn.enabled = False
+        if device.type != "cuda":
+            log.warning("disable_cudnn_backend has no effect on %s", device)
     settings = {"vae": option_identity(vae_file), "vae_dtype": vae_options.vae_dtype, **_identities(family, own)}
 
     def load_encode() -> Encode:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,7 +24,8 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
 from musubi_tuner.families.base import Dit, Encoders, Family, HasMagRatios, OwnSampling, SamplingDefaults, Vae
 from musubi_tuner.memory.placement import DTYPES, choose_device, release
-from musubi_tuner.nn.compiling import CompileOptions, compile_blocks
+from musubi_tuner.memory.plan import MemoryPlan, SwapOptions, plan_memory, swapped, unread
+from musubi_tuner.nn.compiling import CompileOptions, CompileSettings, compile_blocks
 from musubi_tuner.sampling import outputs, pictures
 from musubi_tuner.sampling.models import (
     OpenDit,
@@ -60,6 +62,7 @@ GROUPS: tuple[type, ...] = (
     SolverOptions,
     StepCacheOptions,
     OutputOptions,
+    SwapOptions,
     CompileOptions,
     CompileArgs,
 )
@@ -82,6 +85,7 @@ def run(family: Family, options: Resolved) -> None:
     device = choose_device(options[ModelOptions].device)
     policy, compiling = _policy(family, options[ModelOptions]), compile_settings(options, os.environ)
     opened = _open(family, options)
+    memory = _memory(opened, options, device, compiling)
     _step_cache(family, options)  # its faults are told before the long work
     pictures.check_model(opened.dit, requests)
     writer = Writer.checked(family, options)
@@ -98,10 +102,10 @@ def run(family: Family, options: Resolved) -> None:
     for request in requests:
         log.info("%s", request.summary())
     started = time.monotonic()
-    dit = opened.load(policy, device)
+    dit = opened.load(policy, device, host=memory.host)
+    sampler = _sampler(family, options, dit, device, memory)
     if compiling is not None:
         compile_blocks(dit, family.spec.blocks, compiling)
-    sampler = _sampler(family, options, dit, device)
     samples = _sample(sampler, requests, prompts, seen, writer, batch=options[SolverOptions].sample_batch_size)
     if isinstance(sampler.cache, Calibration):
         sampler.cache.tell()
@@ -123,13 +127,14 @@ def serve(family: Family, options: Resolved, lines: TextIO) -> None:
     if chosen.prompt is not None or chosen.from_file is not None:
         raise UserError("--interactive reads its prompts from the terminal: leave --prompt and --from_file out")
     policy, opened = _policy(family, options[ModelOptions]), _open(family, options)
+    memory = _memory(opened, options, device)
     writer = Writer.checked(family, options)
     _require_vae(options)
     encoders = family.load_encoders(_own(family, options), device=cpu, dtype=torch.bfloat16)
     if encoders is None:
         raise UserError(f"prompts cannot be encoded without {family.spec.name}'s text encoder: name its files")
     vae = _load_vae(family, options, cpu)
-    sampler = _sampler(family, options, opened.load(policy, device), device)
+    sampler = _sampler(family, options, opened.load(policy, device, host=memory.host), device, memory)
     for line in _asked_lines(lines):
         try:
             requests = make_requests(family, options, [parse_line(line)])
@@ -166,9 +171,21 @@ def _own(family: Family, options: Resolved) -> Any:
     return options[groups[0]] if groups else None
 
 
-def _sampler(family: Family, options: Resolved, dit: Dit, device: torch.device) -> Sampler:
-    own, cache = _own(family, options), _step_cache(family, options)
-    return Sampler(family, dit, device, joint=options[SolverOptions].cfg_batch, options=own, cache=cache)
+def _sampler(family: Family, options: Resolved, dit: Dit, device: torch.device, memory: MemoryPlan) -> Sampler:
+    own, cache, make_run = _own(family, options), _step_cache(family, options), partial(swapped, memory.install(dit))
+    joint = options[SolverOptions].cfg_batch
+    return Sampler(family, dit, device, make_run=make_run, joint=joint, options=own, cache=cache)
+
+
+def _memory(
+    opened: OpenDit, options: Resolved, device: torch.device, compiling: CompileSettings | None = None
+) -> MemoryPlan:
+    """Which weights rest on the host; what has no effect is told. Raises UserError."""
+    chosen, spec = options[SwapOptions], opened.family.spec
+    for name, why in dict(unread(chosen, device)).items():
+        if options.given(name):
+            log.warning("%s has no effect %s", name, why)
+    return plan_memory(opened.dit, spec.blocks, spec.inputs, chosen, device, compiling=compiling)
 
 
 def _step_cache(family: Family, options: Resolved) -> StepCache | None:

@@ -34,6 +34,10 @@ def _direct() -> Run:
     return direct
 
 
+def _cached(cache: StepCache, steps: int, make_run: Callable[[], Run]) -> Run:
+    return cache.run(steps, make_run())
+
+
 @torch.no_grad()
 def denoise(
     family: Family,
@@ -160,7 +164,9 @@ class Sampler:
     ) -> Tensor:
         """Latents of `noise: [B, C, F, H, W]` by the settings of `first`, on the CPU."""
         solver, collate, joint = solvers.get(first.solver), self.family.collate, self.joint and first.guided
-        make_run = self.make_run if self.cache is None else partial(self.cache.run, first.steps)
+        cache, make_run = self.cache, self.make_run
+        if cache is not None:
+            make_run = partial(_cached, cache, first.steps, make_run)
         with evaluating(self.dit):
             return denoise(
                 self.family,
