@@ -20,6 +20,7 @@ ALWAYS: Mapping[str, str] = {
     "skip_existing": "caches that are fresh are not made again",
     "keep_cache": "only prune_cache deletes caches",
     "cpu_noise": "noise is drawn on the CPU",
+    "force_v2_1_time_embedding": "the time embedding is computed once a sample, never for each token",
     "split_uncond": "the two calls of guidance are made one after the other unless cfg_batch joins them",
 }
 """What is done in any case, by the option that asks for it."""

@@ -93,6 +93,16 @@ class SamplingDefaults:
     """Width, height in pixels."""
     frames: int = 81
     fps: int = 16
+    boundary: float | None = None
+    """Of a model of two experts: the t from which on the one for high noise predicts."""
+    guidance_high: float | None = None
+    """Guidance where that one predicts."""
+    shifts: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    """Shifts of pictures of certain sizes (width, height), in place of `shift`."""
+
+    def shift_of(self, width: int, height: int) -> float | None:
+        """The shift at this size, whichever way it is turned."""
+        return self.shifts.get((width, height), self.shifts.get((height, width), self.shift))
 
 
 @dataclass(frozen=True)
@@ -276,6 +286,35 @@ class OwnSampling(Protocol):
 
     def generate(self, options: Any, item: Item, pictures: Mapping[str, Tensor], tools: Tools) -> Tensor:
         """Latents `[C, F, H, W]` of a request, `pictures` being what `encode_latents` made of its controls."""
+        ...
+
+
+@dataclass(frozen=True)
+class HighNoise:
+    """A second transformer, for t from `boundary` on, and what is asked for it alone.
+
+    path: its checkpoint. offload: whichever does not predict rests on the CPU. lazy: it is not even loaded.
+    lora_weight, lora_multiplier: adapters to merge into it, in generation. guidance: where it predicts.
+    """
+
+    path: str
+    boundary: float
+    offload: bool = False
+    lazy: bool = False
+    lora_weight: tuple[str, ...] = ()
+    lora_multiplier: tuple[float, ...] = ()
+    guidance: float | None = None
+
+
+@runtime_checkable
+class HasExperts(Protocol):
+    """The call of a family with models of two transformers that share the noise levels (`nn.experts`)."""
+
+    def high_noise(self, options: Any) -> HighNoise | None:
+        """The second transformer that `options`, the family's group of the model, name; None: there is one alone.
+
+        Raises UserError for what cannot go together; what has no effect is told.
+        """
         ...
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from musubi_tuner.families.base import Conditioning, Dit, Family
 from musubi_tuner.flow.solvers import Velocity
+from musubi_tuner.nn.experts import expert_at
 from musubi_tuner.nn.runner import Run, direct
 
 
@@ -36,7 +37,7 @@ class Branch:
     def __call__(self, x: Tensor, t: float) -> Tensor:
         times = torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device)
         with self._precision(x.device):
-            v = self.family.predict(self.dit, x, times, self.cond, run=self.run)
+            v = self.family.predict(expert_at(self.dit, t), x, times, self.cond, run=self.run)
         return v.to(x.dtype)
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:

@@ -99,6 +99,26 @@ def ineffective(options: Resolved) -> list[str]:
     return [f"{name} has no effect {why}" for name, why in _unread(options) if options.given(name)]
 
 
+def one_sided(options: Resolved, boundary: float | None, usual: float | None) -> Iterator[str]:
+    """Sentences about a range of t that does not suit the transformers that were given.
+
+    boundary: between two experts, None where there is one transformer. usual: that of the task, None where it has none.
+    """
+    low, high = options[TimestepOptions].range
+    if boundary is not None and (high <= boundary or low >= boundary):
+        one, other = ("low", "high") if high <= boundary else ("high", "low")
+        yield (
+            f"all timesteps from {1000 * low:g} to {1000 * high:g} lie on the side of the expert for {one} noise, the "
+            f"boundary being {1000 * boundary:g}: the one for {other} noise is held in memory and never trained on"
+        )
+    if boundary is None and usual is not None and low < usual < high:
+        yield (
+            f"this task has two experts and one was given, which is trained from {1000 * low:g} to {1000 * high:g}: in "
+            f"sampling each works on its own side of {1000 * usual:g}; give --max_timestep {1000 * usual:g} for the "
+            f"one for low noise, --min_timestep {1000 * usual:g} for the other, or both experts"
+        )
+
+
 def _unread(options: Resolved) -> Iterator[tuple[str, str]]:
     times, rate, run = options[TimestepOptions], options[OptimizerOptions], options[RunOptions]
     yield from _unread_timesteps(times)

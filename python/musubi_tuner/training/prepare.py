@@ -11,7 +11,8 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
 from musubi_tuner.data.batches import CachedBatches, DataOptions, open_batches
 from musubi_tuner.families.base import Family
-from musubi_tuner.sampling.models import OpenDit, read_model_config
+from musubi_tuner.sampling.models import Opened, read_model_config
+from musubi_tuner.sampling.options import task_defaults
 from musubi_tuner.training import checks
 from musubi_tuner.training.checkpoint import Names, output_folder, output_name
 from musubi_tuner.training.config import (
@@ -46,7 +47,7 @@ class Setting:
     runtime: LocalRuntime
     names: Names
     seed: int
-    opened: OpenDit
+    opened: Opened
     source: CachedBatches
     plan: Plan
     resume: Resume | None
@@ -65,6 +66,8 @@ def prepare(family: Family, options: Resolved) -> Setting:
     own: list[Any] = [options[group] for group in family.option_groups("train")][1:]
     sizes = read_model_config(options.as_dict().get("model_config"))
     opened = open_model(family, options[ModelOptions], sizes, own[0] if own else None)
+    for sentence in checks.one_sided(options, opened.boundary, task_defaults(family.spec, options).boundary):
+        log.warning("%s", sentence)
     names = Names(output_folder(save.output_dir), output_name(save.output_name))
     runtime = launched(chosen.mixed_precision, options[MachineOptions].timeout)
     if runtime.sharded:

@@ -18,6 +18,11 @@ _FROM_DIFFUSERS: Final = Rules(
         (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
         (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
         (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+        (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+        (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+        (r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+        (r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+        (r"^condition_embedder\.image_embedder\.pos_embed$", "img_emb.emb_pos"),
         (r"^scale_shift_table$", "head.modulation"),
         (r"^proj_out\.", "head.head."),
         (r"^(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
@@ -25,6 +30,8 @@ _FROM_DIFFUSERS: Final = Rules(
         (r"^(blocks\.\d+)\.attn1\.", r"\1.self_attn."),
         (r"^(blocks\.\d+)\.attn2\.", r"\1.cross_attn."),
         (r"_attn\.to_([qkv])\.", r"_attn.\1."),
+        (r"_attn\.add_([kv])_proj\.", r"_attn.\1_img."),
+        (r"_attn\.norm_added_k\.", "_attn.norm_k_img."),
         (r"_attn\.to_out\.0\.", "_attn.o."),
         (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
         (r"\.ffn\.net\.2\.", ".ffn.2."),
@@ -91,27 +98,3 @@ def _replace_tail(rest: str, table: Mapping[str, str]) -> str:
         if stem.endswith("." + old):
             return f"{stem[: -len(old)]}{new}.{leaf}"
     return rest
-
-
-_FROM_ORIGINAL_TEXT: Final = Rules(
-    (
-        (r"^(?:encoder\.)*token_embedding\.", "shared."),
-        (r"^(?:encoder\.)*norm\.", "encoder.final_layer_norm."),
-        (r"^(?:encoder\.)*blocks\.", "encoder.block."),
-        (r"(block\.\d+)\.attn\.", r"\1.layer.0.SelfAttention."),
-        (r"(block\.\d+)\.pos_embedding\.embedding\.", r"\1.layer.0.SelfAttention.relative_attention_bias."),
-        (r"(block\.\d+)\.norm1\.", r"\1.layer.0.layer_norm."),
-        (r"(block\.\d+)\.norm2\.", r"\1.layer.1.layer_norm."),
-        (r"(block\.\d+)\.ffn\.gate\.0\.", r"\1.layer.1.DenseReluDense.wi_0."),
-        (r"(block\.\d+)\.ffn\.fc1\.", r"\1.layer.1.DenseReluDense.wi_1."),
-        (r"(block\.\d+)\.ffn\.fc2\.", r"\1.layer.1.DenseReluDense.wo."),
-    )
-)
-
-
-def text_key(key: str) -> str | None:
-    """The key of transformers' UMT5EncoderModel for a key of the original file or of a repackaged one.
-
-    None for what repackaged files hold twice or beside: the encoder's copy of the embedding, the tokenizer.
-    """
-    return None if key in ("encoder.embed_tokens.weight", "spiece_model") else _FROM_ORIGINAL_TEXT(key)

@@ -3,10 +3,14 @@
     encode: (mean of the posterior - m_c) / s_c        decode: pixels clamped to [-1, 1]
 
 Videos have 1 + 4 k frames: the first is coded alone, then four at a time with cached features.
+
+What conditions a video is coded as a video too: the given frames in their places and grey, which is 0, in the others,
+before them 4 channels that mark which frames are given. A latent frame stands for four frames, hence four channels; of
+the first frame, which is coded alone, all four are marked.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.families.base import Item
 from musubi_tuner.families.wan.keys import original_vae_key, vae_key
 from musubi_tuner.families.wan.spec import LATENT_MEAN, LATENT_STD, SPEC
+from musubi_tuner.nn.vision.clip import ClipTower
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
@@ -69,11 +75,20 @@ class WanVae:
         return self.model.decode(z.to(weight.dtype)).sample.float().clamp(-1, 1)
 
 
-def empty_vae(config: VaeConfig) -> nn.Module:
-    """diffusers' autoencoder of these sizes; initialised on the current default device."""
+def empty_vae(config: VaeConfig, *, cache_on_cpu: bool = False) -> nn.Module:
+    """diffusers' autoencoder of these sizes; initialised on the current default device.
+
+    cache_on_cpu: the features that are kept from frames to the next ones lie in CPU memory.
+    """
     from diffusers import AutoencoderKLWan
 
-    return AutoencoderKLWan(
+    class CachingOnCpu(AutoencoderKLWan):
+        def clear_cache(self) -> None:
+            super().clear_cache()
+            self._feat_map, self._enc_feat_map = _OnCpu(self._feat_map), _OnCpu(self._enc_feat_map)
+
+    kind = CachingOnCpu if cache_on_cpu else AutoencoderKLWan
+    return kind(
         base_dim=config.base_dim,
         z_dim=config.z_dim,
         dim_mult=list(config.dim_mult),
@@ -82,7 +97,24 @@ def empty_vae(config: VaeConfig) -> nn.Module:
     )
 
 
-def load_vae(path: str, *, device: torch.device, dtype: torch.dtype) -> WanVae:
+class _OnCpu(list[Any]):
+    """A list of features that puts tensors into CPU memory, and gives them back on the device that they came from."""
+
+    def __init__(self, values: Sequence[Any]) -> None:
+        super().__init__(values)
+        self.devices: dict[int, torch.device] = {}
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.devices[index], value = value.device, value.to("cpu")
+        super().__setitem__(index, value)
+
+    def __getitem__(self, index: Any) -> Any:
+        value = super().__getitem__(index)
+        return value.to(self.devices[index]) if isinstance(value, Tensor) else value
+
+
+def load_vae(path: str, *, device: torch.device, dtype: torch.dtype, cache_on_cpu: bool = False) -> WanVae:
     """The VAE of the original file (Wan2.1_VAE.pth or .safetensors). Raises UserError where it is something else."""
     with open_checkpoint(path) as checkpoint:
         header = checkpoint.header
@@ -95,7 +127,7 @@ def load_vae(path: str, *, device: torch.device, dtype: torch.dtype) -> WanVae:
         base = header.tensors["encoder.conv1.weight"].shape[0]
         config = dataclasses.replace(VaeConfig(base_dim=base), **named)
         with torch.device("meta"):
-            model = empty_vae(config)
+            model = empty_vae(config, cache_on_cpu=cache_on_cpu)
         materialize(
             model,
             checkpoint,
@@ -110,3 +142,56 @@ def load_vae(path: str, *, device: torch.device, dtype: torch.dtype) -> WanVae:
 def to_original_keys(state: Mapping[str, Any], config: VaeConfig) -> dict[str, Any]:
     """A diffusers state dictionary under the original file's keys."""
     return {original_vae_key(key, config.num_res_blocks): value for key, value in state.items()}
+
+
+def training_entries(
+    items: Sequence[Item], vae: WanVae, tower: ClipTower | None, given: str
+) -> list[dict[str, Tensor]]:
+    """The cache entry of each of `items`, which have one shape.
+
+    given: frames that the model is to be given: none (``), the first (`first`), or that and the last (`both`).
+    """
+    clips = torch.stack([item.pixels for item in items if item.pixels is not None])
+    if len(clips) != len(items):
+        raise ValueError("an item without pixels has no latents")
+    columns = {"latents": vae.encode(clips)}
+    if all(item.controls for item in items):
+        columns["control"] = vae.encode(torch.stack([item.controls[0] for item in items]))
+    if given:
+        frames = {0: clips[:, :, 0]} | ({clips.shape[2] - 1: clips[:, :, -1]} if given == "both" else {})
+        columns |= given_frames(frames, clips.shape[2], vae, tower)
+    return [{name: column[i] for name, column in columns.items()} for i in range(len(items))]
+
+
+def request_entry(item: Item, vae: WanVae, tower: ClipTower | None) -> dict[str, Tensor]:
+    """Fields of a request's pictures and control clip, float32."""
+    by_role = dict(zip(item.roles, item.controls, strict=True))
+    places = {"start": 0, "end": item.frames - 1}
+    frames = {place: by_role[role][None, :, 0] for role, place in places.items() if role in by_role}
+    found = (
+        {name: column[0] for name, column in given_frames(frames, item.frames, vae, tower).items()} if frames else {}
+    )
+    if "control" in by_role:
+        found["control"] = vae.encode(by_role["control"][None])[0]
+    return {name: value.float() for name, value in found.items()}
+
+
+def given_frames(given: Mapping[int, Tensor], frames: int, vae: WanVae, tower: ClipTower | None) -> dict[str, Tensor]:
+    """`image: [B, 20, F', h, w]`: marks and latents of a clip that has `given` frames `[B, 3, H, W]`, by place.
+
+    With a tower also `clip: [B, N, W]`, the features of each given frame in order.
+    """
+    first = next(iter(given.values()))
+    clip = first.new_zeros(len(first), 3, frames, *first.shape[2:])
+    marks = torch.zeros(4 + frames - 1)  # by frame, the first one four times
+    for place, picture in given.items():
+        clip[:, :, place] = picture
+        marks[3 + place] = 1
+        if place == 0:
+            marks[:4] = 1
+    latents = vae.encode(clip)
+    shown = marks.view(-1, 4).T[None, :, :, None, None].expand(len(first), -1, -1, *latents.shape[3:])
+    found = {"image": torch.cat([shown.to(latents), latents], dim=1)}
+    if tower is not None:
+        found["clip"] = torch.cat([tower.encode(picture) for picture in given.values()], dim=1).to(latents.dtype)
+    return found
