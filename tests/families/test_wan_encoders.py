@@ -10,7 +10,7 @@ from golden_data import TOLERANCE, distance, golden, manifest
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families import registry
 from musubi_tuner.families.base import Item
-from musubi_tuner.families.wan import keys, vae
+from musubi_tuner.families.wan import vae
 from musubi_tuner.families.wan.options import CacheTextEncoderOptions
 from musubi_tuner.nn.text.umt5 import TextConfig, clean_caption, empty_encoder
 from musubi_tuner.weights import umt5
@@ -82,9 +82,9 @@ def test_every_published_vae_key_has_a_place_and_a_way_back():
     shapes = manifest("wan2_1_vae")
     with torch.device("meta"):
         model = vae.empty_vae(vae.VaeConfig())
-    renamed = {keys.vae_key(key, 2): shape for key, shape in shapes.items()}
+    renamed = {vae.vae_key(key, 2): shape for key, shape in shapes.items()}
     assert renamed == {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    assert [keys.original_vae_key(keys.vae_key(key, 2), 2) for key in shapes] == list(shapes)
+    assert [vae.original_vae_key(vae.vae_key(key, 2), 2) for key in shapes] == list(shapes)
 
 
 def test_every_published_text_encoder_key_has_a_place():

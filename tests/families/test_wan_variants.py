@@ -13,6 +13,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.known import ALWAYS
 from musubi_tuner.families import registry
 from musubi_tuner.families.wan.model import WanConfig, WanModel
+from musubi_tuner.families.wan.options import ModelOptions
 from wan_files import PUBLISHED, header_of, to_diffusers
 
 FAMILY = registry.get("wan")
@@ -159,3 +160,32 @@ def test_the_time_embedding_is_always_computed_once_a_sample():
     model = model_of(case)
     assert model.time_vector(case.inputs["t"]).shape == (1, 64)
     assert distance(predicted(model, case, case.inputs["x"]), case.outputs["sample"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("t2v-14B", "Wan2.1-T2V-14B"),
+        ("t2i-14B", "Wan2.1-T2V-14B"),
+        ("t2v-1.3B", "Wan2.1-T2V-1.3B"),
+        ("i2v-14B", "Wan2.1-I2V-720P"),
+        ("t2v-A14B", "Wan2.2-T2V-A14B"),
+        ("i2v-A14B", "Wan2.2-I2V-A14B"),
+    ],
+)
+def test_the_ratios_of_a_model_are_the_published_ones(task, name):
+    """With and without the prompt in turn, as published; of i2v-A14B nothing is skipped before the switch."""
+    published = json.loads((REFERENCE / "behaviour/magcache_ratios.json").read_text())["models"][name]
+    found = FAMILY.mag_ratios(None, ModelOptions(task=task))
+    assert [value for pair in zip(found.ratios, found.without, strict=True) for value in pair] == published["ratios"]
+    assert found.high_computed == ("no caching before switch" in published.get("extra_rule", ""))
+
+
+def test_a_model_that_was_not_measured_has_no_ratios():
+    assert FAMILY.mag_ratios(None, ModelOptions(task="flf2v-14B")) is None
+
+
+def test_the_shift_of_pictures_to_video_depends_on_the_size():
+    task = FAMILY.spec.tasks["i2v-14B"]
+    assert [task.shift_of(*size) for size in ((832, 480), (480, 832), (1280, 720))] == [3.0, 3.0, 5.0]
+    assert FAMILY.spec.tasks["t2v-14B"].shift_of(832, 480) == 5.0

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.config.guidance_steps import GuidanceSteps
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.weights.reader import Header
 
@@ -313,15 +314,41 @@ class HasExperts(Protocol):
     def high_noise(self, options: Any) -> HighNoise | None:
         """The second transformer that `options`, the family's group of the model, name; None: there is one alone.
 
-        Raises UserError for what cannot go together; what has no effect is told.
+        Raises UserError for what cannot go together.
         """
         ...
+
+    def without_effect(self, options: Any) -> Sequence[str]:
+        """A sentence for each of these options that was given and changes nothing."""
+        ...
+
+
+@runtime_checkable
+class HasGuidanceSteps(Protocol):
+    """The call of a family whose command has options of this kind."""
+
+    def guidance_steps(self, options: Any) -> GuidanceSteps:
+        """What `options`, the family's group of the model, ask for. Raises UserError for what cannot be."""
+        ...
+
+
+@dataclass(frozen=True)
+class MagRatios:
+    """Measured ratios, one a step. without: of the branch without the prompt, where they differ.
+
+    high_computed: every step of the transformer for high noise is computed.
+    """
+
+    ratios: tuple[float, ...]
+    without: tuple[float, ...] | None = None
+    high_computed: bool = False
 
 
 @runtime_checkable
 class HasMagRatios(Protocol):
     """The call of a family whose change of the blocks from step to step was measured (`sampling.step_cache`)."""
 
-    def mag_ratios(self, options: Any) -> tuple[float, ...]:
-        """The ratios of the model that the family's first own group asks for, one a step."""
+    def mag_ratios(self, options: Any, model: Any = None) -> tuple[float, ...] | MagRatios | None:
+        """The ratios of the model that the family's own groups, the first and that of the model, ask for, one a step;
+        None: this one was not measured."""
         ...

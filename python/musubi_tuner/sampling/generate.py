@@ -10,7 +10,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,17 +20,31 @@ from torch import Tensor
 
 from musubi_tuner.adapters.merge import LoraMerge
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.config.guidance_steps import GuidanceSteps
 from musubi_tuner.config.options import Resolved
-from musubi_tuner.families.base import Dit, Encoders, Family, HasMagRatios, OwnSampling, SamplingDefaults, Vae
+from musubi_tuner.families.base import (
+    Dit,
+    Encoders,
+    Family,
+    HasExperts,
+    HasGuidanceSteps,
+    HasMagRatios,
+    HighNoise,
+    OwnSampling,
+    SamplingDefaults,
+    Vae,
+)
 from musubi_tuner.memory.placement import DTYPES, choose_device, release
-from musubi_tuner.nn.compiling import CompileOptions, compile_blocks
+from musubi_tuner.nn.compiling import CompileOptions, CompileSettings, compile_blocks
 from musubi_tuner.sampling import outputs, pictures
 from musubi_tuner.sampling.models import (
     OpenDit,
+    Opened,
     Prompts,
     encode,
     encode_prompts,
     open_dit,
+    open_experts,
     read_model_config,
     weight_policy,
 )
@@ -48,6 +62,7 @@ from musubi_tuner.sampling.pipeline import Sampler, decode
 from musubi_tuner.sampling.prompts import PromptEntry, parse_line, read_prompts
 from musubi_tuner.sampling.request import Request
 from musubi_tuner.sampling.step_cache import Calibration, StepCache, StepCacheOptions, step_cache
+from musubi_tuner.weights.load import Merge
 from musubi_tuner.weights.policy import WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
 
@@ -83,6 +98,7 @@ def run(family: Family, options: Resolved) -> None:
     policy, compiling = _policy(family, options[ModelOptions]), compile_settings(options, os.environ)
     opened = _open(family, options)
     _step_cache(family, options)  # its faults are told before the long work
+    _guidance_steps(family, options, opened.dit)
     pictures.check_model(opened.dit, requests)
     writer = Writer.checked(family, options)
     if any(request.pictures for request in requests):
@@ -98,9 +114,7 @@ def run(family: Family, options: Resolved) -> None:
     for request in requests:
         log.info("%s", request.summary())
     started = time.monotonic()
-    dit = opened.load(policy, device)
-    if compiling is not None:
-        compile_blocks(dit, family.spec.blocks, compiling)
+    dit = opened.load(policy, device, prepare=_compiler(family, compiling))
     sampler = _sampler(family, options, dit, device)
     samples = _sample(sampler, requests, prompts, seen, writer, batch=options[SolverOptions].sample_batch_size)
     if isinstance(sampler.cache, Calibration):
@@ -129,11 +143,12 @@ def serve(family: Family, options: Resolved, lines: TextIO) -> None:
     if encoders is None:
         raise UserError(f"prompts cannot be encoded without {family.spec.name}'s text encoder: name its files")
     vae = _load_vae(family, options, cpu)
+    _guidance_steps(family, options, opened.dit)
     sampler = _sampler(family, options, opened.load(policy, device), device)
     for line in _asked_lines(lines):
         try:
             requests = make_requests(family, options, [parse_line(line)])
-            pictures.check_model(sampler.dit, requests)
+            pictures.check_model(opened.dit, requests)
             encoders.to(device)
             prompts = encode(family, encoders, requests, progress=False)
             seen = pictures.encode(family, encoders, lambda: vae.to(device), requests, device)
@@ -166,14 +181,52 @@ def _own(family: Family, options: Resolved) -> Any:
     return options[groups[0]] if groups else None
 
 
+def _of_model(family: Family, options: Resolved) -> Any:
+    """The family's group of the model, which it is built by; None where it has none."""
+    groups = family.option_groups("generate")[1:]
+    return options[groups[0]] if groups else None
+
+
+def _high_noise(family: Family, options: Resolved) -> HighNoise | None:
+    return family.high_noise(_of_model(family, options)) if isinstance(family, HasExperts) else None
+
+
 def _sampler(family: Family, options: Resolved, dit: Dit, device: torch.device) -> Sampler:
-    own, cache = _own(family, options), _step_cache(family, options)
-    return Sampler(family, dit, device, joint=options[SolverOptions].cfg_batch, options=own, cache=cache)
+    return Sampler(
+        family,
+        dit,
+        device,
+        joint=options[SolverOptions].cfg_batch,
+        options=_own(family, options),
+        cache=_step_cache(family, options),
+        steps=_guidance_steps(family, options),
+    )
 
 
 def _step_cache(family: Family, options: Resolved) -> StepCache | None:
-    known = family.mag_ratios(_own(family, options)) if isinstance(family, HasMagRatios) else None
-    return step_cache(options[StepCacheOptions], known)
+    own = _own(family, options), _of_model(family, options)
+    return step_cache(options[StepCacheOptions], family.mag_ratios(*own) if isinstance(family, HasMagRatios) else None)
+
+
+def _guidance_steps(family: Family, options: Resolved, dit: Dit | None = None) -> GuidanceSteps:
+    """In which steps there is guidance, and by which blocks. Raises UserError, of `dit` too for blocks it has not."""
+    found = GuidanceSteps()
+    if isinstance(family, HasGuidanceSteps):
+        found = family.guidance_steps(_of_model(family, options))
+    if found.layers and dit is not None:
+        count = sum(len(dit.get_submodule(name)) for name in family.spec.blocks)  # type: ignore[arg-type]
+        if max(found.layers) >= count:
+            raise UserError(f"--slg_layers {max(found.layers)}: this model has {count} blocks, 0 to {count - 1}")
+    if found != GuidanceSteps() and options[StepCacheOptions].magcache_mag_ratios is not None:
+        raise UserError(
+            "--magcache_mag_ratios takes every step to be made alike: leave --cfg_skip_mode and --slg_layers out, or it"
+        )
+    return found
+
+
+def _compiler(family: Family, settings: CompileSettings | None) -> Callable[[Dit], None] | None:
+    """What is done to each transformer that is loaded."""
+    return None if settings is None else lambda dit: compile_blocks(dit, family.spec.blocks, settings) and None
 
 
 def _require_vae(options: Resolved) -> None:
@@ -244,6 +297,8 @@ def _request(
     if isinstance(family, OwnSampling) and "frames" in given:
         said["f"] = str(given.pop("frames"))
     values = {**common, **given}
+    if "guidance" in given and common["guidance_high"] is not None:
+        values["guidance_high"] = given["guidance"]  # a prompt's own guidance is that of both transformers
     left_out = pictures.unserved(values, family.spec)
     values = {name: value for name, value in values.items() if name not in left_out}
     return pictures.planned(family, _own(family, options), values, said)
@@ -254,6 +309,7 @@ def _common_values(family: Family, options: Resolved) -> dict[str, Any]:
     task, chosen, solver = task_defaults(family.spec, options), options[PromptOptions], options[SolverOptions]
     plans = isinstance(family, OwnSampling)  # then what is not given is left to it
     height, width = chosen.video_size or (task.size[1], task.size[0])
+    high = _high_noise(family, options)
     return {
         "negative": chosen.negative_prompt or "",
         "height": height,
@@ -262,8 +318,9 @@ def _common_values(family: Family, options: Resolved) -> dict[str, Any]:
         "fps": _or(chosen.fps, task.fps),
         "steps": _or(solver.infer_steps, task.steps),
         "guidance": _or(solver.guidance_scale, task.guidance),
+        "guidance_high": None if high is None else high.guidance,
         "embedded_guidance": _embedded(task, solver.embedded_cfg_scale),
-        "shift": _or(solver.flow_shift, _or(task.shift, None if plans else 1.0)),
+        "shift": _or(solver.flow_shift, _or(task.shift_of(width, height), None if plans else 1.0)),
         "solver": _or(solver.sample_solver, task.solver),
         "image": chosen.image_path,
         "end_image": chosen.end_image_path,
@@ -304,8 +361,8 @@ def _policy(family: Family, chosen: ModelOptions) -> WeightPolicy:
     )
 
 
-def _open(family: Family, options: Resolved) -> OpenDit:
-    """The transformer, looked at but not loaded, with its adapters matched."""
+def _open(family: Family, options: Resolved) -> Opened:
+    """The transformer, or two, looked at but not loaded, with their adapters matched."""
     chosen, lora = options[ModelOptions], options[LoraOptions]
     if chosen.dit is None:
         raise UserError("--dit is required: the transformer's checkpoint")
@@ -315,21 +372,26 @@ def _open(family: Family, options: Resolved) -> OpenDit:
             "--lora_weight: give at most one per file"
         )
     multipliers = (*lora.lora_multiplier, *([1.0] * (len(lora.lora_weight) - len(lora.lora_multiplier))))
-    merges = [
-        LoraMerge.from_file(path, multiplier, strict=lora.strict_lora)
-        for path, multiplier in zip(lora.lora_weight, multipliers, strict=True)
-    ]
     config = read_model_config(options.as_dict().get("model_config"))
-    own = [options[group] for group in family.option_groups("generate")][1:]
-    return open_dit(
-        family,
-        chosen.dit,
-        merges=merges,
-        config=config,
-        options=own[0] if own else None,
-        attn_mode=chosen.attn_mode,
-        split_attn=chosen.split_attn,
-    )
+    own, plan = _of_model(family, options), _high_noise(family, options)
+    for sentence in family.without_effect(own) if isinstance(family, HasExperts) else ():
+        log.warning("%s", sentence)
+
+    def open_one(path: str, merges: Sequence[Merge]) -> OpenDit:
+        modes = chosen.attn_mode, chosen.split_attn
+        return open_dit(
+            family, path, merges=merges, config=config, options=own, attn_mode=modes[0], split_attn=modes[1]
+        )
+
+    opened = open_one(chosen.dit, _merges(lora.lora_weight, multipliers, lora))
+    if plan is None:
+        return opened
+    return open_experts(opened, plan, _merges(plan.lora_weight, plan.lora_multiplier, lora), open_one)
+
+
+def _merges(files: Sequence[str], multipliers: Sequence[float], lora: LoraOptions) -> list[Merge]:
+    rows = zip(files, multipliers, strict=True)
+    return [LoraMerge.from_file(path, multiplier, strict=lora.strict_lora) for path, multiplier in rows]
 
 
 def _sample(

@@ -22,10 +22,11 @@ MAX_SEED = 2**63 - 1
 class Request:
     """One thing to sample. Raises UserError for values that no family could serve.
 
-    guidance: scale of classifier-free guidance; 1 turns it off, and `negative` is then not looked at. shift: of the
-    time grid. solver: a name of `flow.solvers.SOLVERS`. fps: of a written video. embedded_guidance: what the
-    transformer is told, None where it has no such input. image, end_image, control_images: files. said: what only the
-    family understands, by the names of a prompt line's options.
+    guidance: scale of classifier-free guidance; 1 turns it off, and `negative` is then not looked at. guidance_high:
+    the same where a second transformer, for high noise, predicts; None: as `guidance`. shift: of the time grid. solver:
+    a name of `flow.solvers.SOLVERS`. fps: of a written video. embedded_guidance: what the transformer is told, None
+    where it has no such input. image, end_image, control_images: files. said: what only the family understands, by the
+    names of a prompt line's options.
     """
 
     prompt: str
@@ -43,6 +44,7 @@ class Request:
     image: str | None = None
     end_image: str | None = None
     control_images: tuple[str, ...] = ()
+    guidance_high: float | None = None
     said: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class Request:
     @property
     def guided(self) -> bool:
         """True when a second branch, with the negative prompt, is needed."""
-        return self.guidance != 1.0
+        return self.guidance != 1.0 or self.guidance_high not in (None, 1.0)
 
     @property
     def pictures(self) -> tuple[tuple[str, str], ...]:
@@ -74,7 +76,8 @@ class Request:
     def summary(self) -> str:
         """One line for the log."""
         size = f"{self.width} x {self.height}" + (f" x {self.frames} frames" if self.frames > 1 else "")
-        solving = f"{self.solver}, {self.steps} steps, guidance {self.guidance:g}, shift {self.shift:g}"
+        high = "" if self.guidance_high is None else f" (high noise {self.guidance_high:g})"
+        solving = f"{self.solver}, {self.steps} steps, guidance {self.guidance:g}{high}, shift {self.shift:g}"
         return f"seed {self.seed}, {size}, {solving}: {self.prompt[:80]}"
 
     def item(self, caption: str) -> Item:

@@ -92,6 +92,8 @@ def open_model(family: Family, model: ModelOptions, config: Mapping[str, Any] | 
     options: the family's own group for the model. Of two experts both get the `base_weights`.
     """
     plan = family.high_noise(options) if isinstance(family, HasExperts) else None
+    for sentence in family.without_effect(options) if isinstance(family, HasExperts) else ():
+        log.warning("%s", sentence)
     if plan is not None and model.full_finetune:
         raise UserError(
             "--full_finetune trains the weights of one transformer: leave out --dit_high_noise, and train each expert "

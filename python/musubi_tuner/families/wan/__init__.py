@@ -9,12 +9,27 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.families.base import Conditioning, Dit, Encoders, FamilySpec, HighNoise, Item, Vae
+from musubi_tuner.config.guidance_steps import GuidanceSteps
+from musubi_tuner.families.base import (
+    Conditioning,
+    Dit,
+    Encoders,
+    FamilySpec,
+    HighNoise,
+    Item,
+    MagRatios,
+    Vae,
+)
 from musubi_tuner.families.wan import experts, keys, options, predict, vae
 from musubi_tuner.families.wan.config import check_task, wan_config
 from musubi_tuner.families.wan.model import WanModel
-from musubi_tuner.families.wan.options import CacheLatentOptions, CacheTextEncoderOptions, EncodingOptions
-from musubi_tuner.families.wan.spec import SPEC
+from musubi_tuner.families.wan.options import (
+    CacheLatentOptions,
+    CacheTextEncoderOptions,
+    EncodingOptions,
+    GenerationModelOptions,
+)
+from musubi_tuner.families.wan.spec import SPEC, mag_ratios
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.nn.text.umt5 import Umt5Encoder
 from musubi_tuner.nn.vision.clip import ClipTower
@@ -117,6 +132,18 @@ class WanFamily:
     def high_noise(self, options: Any) -> HighNoise | None:
         """See `experts.high_noise`."""
         return experts.high_noise(options)
+
+    def without_effect(self, options: Any) -> Sequence[str]:
+        """See `experts.without_effect`."""
+        return experts.without_effect(options)
+
+    def guidance_steps(self, options: Any) -> GuidanceSteps:
+        """See `config.guidance_steps`."""
+        return options.guidance_steps() if isinstance(options, GenerationModelOptions) else GuidanceSteps()
+
+    def mag_ratios(self, options: Any, model: Any = None) -> MagRatios | None:  # noqa: ARG002 the protocol's
+        """Of 50 or 40 steps, published for most models."""
+        return mag_ratios(model.task)
 
 
 def encoded(items: Sequence[Item], coder: Vae, encoders: Encoders | None) -> list[list[dict[str, Tensor]]]:

@@ -1,20 +1,14 @@
 """The second transformer of Wan 2.2 as the options name it, and what goes together with it."""
 
-import logging
-
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import HighNoise
 from musubi_tuner.families.wan.options import GenerationModelOptions, ModelOptions
 from musubi_tuner.families.wan.spec import SPEC
 
-log = logging.getLogger(__name__)
-
 
 def high_noise(options: ModelOptions) -> HighNoise | None:
     """See `families.base.HasExperts`."""
     if options.dit_high_noise is None:
-        if idle := [name for name, value in _for_two(options).items() if value not in (None, False, ())]:
-            log.warning("without dit_high_noise there is no effect of %s", ", ".join(idle))
         return None
     boundary = options.boundary
     if boundary is None:
@@ -26,8 +20,6 @@ def high_noise(options: ModelOptions) -> HighNoise | None:
         )
     if not isinstance(options, GenerationModelOptions):
         return HighNoise(options.dit_high_noise, boundary, options.offload_inactive_dit)
-    if options.lazy_loading and options.offload_inactive_dit:
-        log.warning("offload_inactive_dit has no effect with lazy_loading, which keeps one transformer alone")
     files, multipliers = options.lora_weight_high_noise, options.lora_multiplier_high_noise
     if len(multipliers) > len(files):
         raise UserError(
@@ -44,6 +36,16 @@ def high_noise(options: ModelOptions) -> HighNoise | None:
         lora_multiplier=(*multipliers, *[1.0] * (len(files) - len(multipliers))),
         guidance=SPEC.tasks[options.task].guidance_high if guidance is None else guidance,
     )
+
+
+def without_effect(options: ModelOptions) -> list[str]:
+    """See `families.base.HasExperts`."""
+    if options.dit_high_noise is None:
+        idle = [name for name, value in _for_two(options).items() if value not in (None, False, ())]
+        return [f"without dit_high_noise there is no effect of {', '.join(idle)}"] if idle else []
+    if isinstance(options, GenerationModelOptions) and options.lazy_loading and options.offload_inactive_dit:
+        return ["offload_inactive_dit has no effect with lazy_loading, which keeps one transformer alone"]
+    return []
 
 
 def _for_two(options: ModelOptions) -> dict[str, object]:

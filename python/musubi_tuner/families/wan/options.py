@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from musubi_tuner.config.guidance_steps import GuidanceStepOptions
 from musubi_tuner.config.options import option
 from musubi_tuner.families.wan.spec import SPEC
 
@@ -73,7 +74,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class GenerationModelOptions(ModelOptions):
+class GenerationModelOptions(GuidanceStepOptions, ModelOptions):
     """Wan model (for samples)"""
 
     lazy_loading: bool = option(False, help="load each of two transformers when it is needed, and forget the other")

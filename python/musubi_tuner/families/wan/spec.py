@@ -1,5 +1,7 @@
 """Facts of Wan 2.1 and 2.2 (Wan team 2025; published configurations, cache files and LoRA layouts)."""
 
+import json
+from importlib.resources import files
 from typing import Final
 
 from musubi_tuner.families.base import (
@@ -8,6 +10,7 @@ from musubi_tuner.families.base import (
     FamilySpec,
     Fp8Targets,
     LatentGeometry,
+    MagRatios,
     SamplingDefaults,
 )
 
@@ -75,3 +78,14 @@ SPEC: Final = FamilySpec(
     target_fps=16.0,
     takes_pictures=("start", "end"),
 )
+
+
+def mag_ratios(task: str) -> MagRatios | None:
+    """The published ratios of a task's model, of i2v-14B those of its larger size; None where there are none.
+
+    Of the picture model of two experts nothing is skipped before the one for low noise takes over, as published.
+    """
+    table = json.loads(files(__package__).joinpath("mag_ratios.json").read_text(encoding="utf-8"))
+    if task not in table:
+        return None
+    return MagRatios(tuple(table[task]["with"]), tuple(table[task]["without"]), high_computed=task == "i2v-A14B")

@@ -10,16 +10,16 @@ the first frame, which is coded alone, all four are marked.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families.base import Item
-from musubi_tuner.families.wan.keys import original_vae_key, vae_key
 from musubi_tuner.families.wan.spec import LATENT_MEAN, LATENT_STD, SPEC
 from musubi_tuner.nn.vision.clip import ClipTower
 from musubi_tuner.weights.load import materialize
@@ -195,3 +195,62 @@ def given_frames(given: Mapping[int, Tensor], frames: int, vae: WanVae, tower: C
     if tower is not None:
         found["clip"] = torch.cat([tower.encode(picture) for picture in given.values()], dim=1).to(latents.dtype)
     return found
+
+
+_RESNET: Final = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"} | {
+    "shortcut": "conv_shortcut"
+}
+_MIDDLE: Final = {"middle.0": "mid_block.resnets.0", "middle.1": "mid_block.attentions.0"} | {
+    "middle.2": "mid_block.resnets.1"
+}
+_ENDS: Final = {"conv1": "conv_in", "head.0": "norm_out", "head.2": "conv_out"}
+_TOP: Final = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
+
+
+def vae_key(key: str, res_blocks: int) -> str:
+    """The diffusers key of an original VAE key; `res_blocks` per level of the encoder."""
+    side, _, rest = key.partition(".")
+    if side in _TOP:
+        return f"{_TOP[side]}.{rest}"
+    for table in (_ENDS, _MIDDLE):
+        rest = _replace_head(rest, table)
+    rest = _replace_tail(rest, _RESNET)
+    if found := re.match(r"upsamples\.(\d+)\.", rest):
+        level, place = divmod(int(found[1]), res_blocks + 2)
+        part = f"resnets.{place}" if place <= res_blocks else "upsamplers.0"
+        rest = f"up_blocks.{level}.{part}.{rest[found.end() :]}"
+    return f"{side}.{rest.replace('downsamples.', 'down_blocks.', 1)}"
+
+
+def original_vae_key(key: str, res_blocks: int) -> str:
+    """The original key of a diffusers VAE key: the inverse of `vae_key`."""
+    side, _, rest = key.partition(".")
+    if side in _TOP.values():
+        return f"{_inverse(_TOP)[side]}.{rest}"
+    if found := re.match(r"up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", rest):
+        place = int(found[3]) if found[2] == "resnets" else res_blocks + 1
+        rest = f"upsamples.{int(found[1]) * (res_blocks + 2) + place}.{rest[found.end() :]}"
+    rest = _replace_tail(rest, _inverse(_RESNET))
+    for table in (_MIDDLE, _ENDS):
+        rest = _replace_head(rest, _inverse(table))
+    return f"{side}.{rest.replace('down_blocks.', 'downsamples.', 1)}"
+
+
+def _inverse(table: Mapping[str, str]) -> dict[str, str]:
+    return {new: old for old, new in table.items()}
+
+
+def _replace_head(rest: str, table: Mapping[str, str]) -> str:
+    for old, new in table.items():
+        if rest.startswith(old + "."):
+            return new + rest[len(old) :]
+    return rest
+
+
+def _replace_tail(rest: str, table: Mapping[str, str]) -> str:
+    """Rename the part before the parameter's own name."""
+    stem, _, leaf = rest.rpartition(".")
+    for old, new in table.items():
+        if stem.endswith("." + old):
+            return f"{stem[: -len(old)]}{new}.{leaf}"
+    return rest
