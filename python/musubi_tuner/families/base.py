@@ -135,7 +135,7 @@ class FamilySpec:
     """Frame rate that training clips are brought to."""
     resolution_step: int = 16
     takes_pictures: tuple[str, ...] = ()
-    """Pictures that a request may come with, by role: `start`, `end`, `control`."""
+    """What a request may come with, by role: the pictures `start`, `end`, `control`, and a clip, `control_clip`."""
     reads_controls: bool = False
     """Whether items' controls are encoded though no cache field is named `control`."""
     control_masks: bool = False
@@ -156,7 +156,7 @@ class Item:
     pixels: `[C, F, H, W]` float32 in [-1, 1], already cropped to its bucket; several target pictures of one item lie
     on F. controls: same layout, any sizes.
     masks: where the spec has `control_masks`, of each control `[1, F, H, W]` float32 in [0, 1], None for an opaque one.
-    roles: of a request, what each control is: `start`, `end` or `control`.
+    roles: of a request, what each control is: `start`, `end`, `control`, or `control_clip` of its length.
     said: what the dataset file says to this family alone, by its `dataset_keys`, lists as tuples; of a request, what
     its prompt line says to it.
     """

@@ -101,7 +101,7 @@ def run(family: Family, options: Resolved) -> None:
     _guidance_steps(family, options, opened.dit)
     pictures.check_model(opened.dit, requests)
     writer = Writer.checked(family, options)
-    if any(request.pictures for request in requests):
+    if any(request.pictures or request.control for request in requests):
         _require_vae(options)
     seen: dict[Request, Mapping[str, Tensor]] = {}
 
@@ -111,6 +111,7 @@ def run(family: Family, options: Resolved) -> None:
     prompts = encode_prompts(
         family, _own(family, options), requests, device=device, dtype=torch.bfloat16, also=encode_pictures
     )
+    pictures.check_fields(opened.dit, requests, seen)
     for request in requests:
         log.info("%s", request.summary())
     started = time.monotonic()
@@ -153,6 +154,7 @@ def serve(family: Family, options: Resolved, lines: TextIO) -> None:
             prompts = encode(family, encoders, requests, progress=False)
             seen = pictures.encode(family, encoders, lambda: vae.to(device), requests, device)
             encoders.to(cpu)
+            pictures.check_fields(opened.dit, requests, seen)
             for request, stem, latents in _sample(sampler, requests, prompts, seen, writer, batch=1):
                 if writer.wants_pixels:
                     writer.pixels(request, stem, _decoded(vae.to(device), latents, device))
@@ -325,6 +327,7 @@ def _common_values(family: Family, options: Resolved) -> dict[str, Any]:
         "image": chosen.image_path,
         "end_image": chosen.end_image_path,
         "control_images": chosen.control_image_path,
+        "control": chosen.control_path,
     }
 
 

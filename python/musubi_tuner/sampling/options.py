@@ -69,13 +69,16 @@ class PromptOptions:
     negative_prompt: str | None = option(None, help="text to lead away from, where guidance is on; empty if not given")
     from_file: str | None = option(
         None,
-        help="prompt file: one prompt per line with its own --w --h --f --d --s --g --l --fs --n --i --ei --ci",
+        help="prompt file: one prompt per line with its own --w --h --f --d --s --g --l --fs --n --i --ei --ci --cn",
         metavar="FILE",
     )
     interactive: bool = option(False, help="read such lines from the terminal, with the models kept loaded")
     image_path: str | None = option(None, help="picture that the video begins with, or goes on from", metavar="FILE")
     end_image_path: str | None = option(None, help="picture that the video ends with", metavar="FILE")
     control_image_path: tuple[str, ...] = option((), help="control pictures", metavar="FILE")
+    control_path: str | None = option(
+        None, help="clip that controls frame by frame: a video, or a folder of pictures", metavar="FILE"
+    )
     video_size: tuple[int, int] | None = option(
         None, help="height and width in pixels, in this order; the task's if not given", minimum=1
     )

@@ -45,6 +45,7 @@ class PromptEntry:
     image: str | None = None
     end_image: str | None = None
     control_images: tuple[str, ...] | None = None
+    control: str | None = None
     said: Mapping[str, str] = field(default_factory=dict)
     unserved: tuple[str, ...] = ()
 
@@ -74,12 +75,13 @@ LINE_OPTIONS: Mapping[str, str] = {
     "i": "image",
     "ei": "end_image",
     "ci": "control_images",
+    "cn": "control",
 }
 """Options of a line, by the field they set; `l` is the scale of classifier-free guidance, `ci` may come repeatedly."""
 
 LINE_SAID = ("of", "vs")
 """Options that a family may understand: one-frame settings, number of sections."""
-LINE_UNSERVED = ("im", "cn", "cim", "m", "mcrr", "mct", "mck")
+LINE_UNSERVED = ("im", "cim", "m", "mcrr", "mct", "mck")
 
 TABLE_KEYS: Mapping[str, str] = {
     "prompt": "prompt",
@@ -96,6 +98,7 @@ TABLE_KEYS: Mapping[str, str] = {
     "image_path": "image",
     "end_image_path": "end_image",
     "control_image_path": "control_images",
+    "control_video_path": "control",
 }
 """Keys of a TOML or JSON entry."""
 
@@ -104,7 +107,6 @@ TABLE_SAID: Mapping[str, str] = {"one_frame": "of", "video_sections": "vs"}
 
 TABLE_UNSERVED = (
     "enum",
-    "control_video_path",
     "control_image_mask_path",
 )
 
@@ -207,7 +209,7 @@ def _value(field: str, value: Any, where: str) -> Any:
         if isinstance(paths, (list, tuple)) and all(isinstance(path, str) for path in paths):
             return tuple(paths)
         raise UserError(f"{where} = {value!r}: must be the path of a picture, or a list of them")
-    if field in ("prompt", "negative", "image", "end_image"):
+    if field in ("prompt", "negative", "image", "end_image", "control"):
         if isinstance(value, str):
             return value
         raise UserError(f"{where} = {value!r}: must be text")

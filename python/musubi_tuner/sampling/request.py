@@ -25,8 +25,8 @@ class Request:
     guidance: scale of classifier-free guidance; 1 turns it off, and `negative` is then not looked at. guidance_high:
     the same where a second transformer, for high noise, predicts; None: as `guidance`. shift: of the time grid. solver:
     a name of `flow.solvers.SOLVERS`. fps: of a written video. embedded_guidance: what the transformer is told, None
-    where it has no such input. image, end_image, control_images: files. said: what only the family understands, by the
-    names of a prompt line's options.
+    where it has no such input. image, end_image, control_images: files. control: the file of a clip, or its folder.
+    said: what only the family understands, by the names of a prompt line's options.
     """
 
     prompt: str
@@ -45,6 +45,7 @@ class Request:
     end_image: str | None = None
     control_images: tuple[str, ...] = ()
     guidance_high: float | None = None
+    control: str | None = None
     said: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:

@@ -7,10 +7,12 @@ is named by `ineffective`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
+from musubi_tuner.data.cached import CachedItem
+from musubi_tuner.families.base import Dit
 from musubi_tuner.flow import timesteps
 from musubi_tuner.nn.compiling import CompileOptions, settings_of
 from musubi_tuner.optim.schedules import SCHEDULES
@@ -97,6 +99,15 @@ def _network_faults(options: Resolved) -> Iterator[str]:
 def ineffective(options: Resolved) -> list[str]:
     """One sentence for each option that the user gave and that nothing on the chosen path reads."""
     return [f"{name} has no effect {why}" for name, why in _unread(options) if options.given(name)]
+
+
+def check_caches(dit: Dit, entries: Sequence[CachedItem]) -> None:
+    """Compare caches with what an opened transformer is conditioned on, where it has an attribute `conditioned_on`
+    (fields, each with a sentence). Raises UserError."""
+    for name, sentence in getattr(dit, "conditioned_on", {}).items():
+        without = [entry.latent for entry in entries if name not in entry.fields]
+        if without:
+            raise UserError(f"{len(without)} of {len(entries)} latent caches, e.g. {without[0]}: {sentence}")
 
 
 def one_sided(options: Resolved, boundary: float | None, usual: float | None) -> Iterator[str]:

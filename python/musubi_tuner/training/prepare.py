@@ -80,6 +80,7 @@ def prepare(family: Family, options: Resolved) -> Setting:
     seed = chosen.seed if resume is None or chosen.seed is not None else resume.seed
     seed = runtime.agree(secrets.randbits(32) if seed is None else seed)
     source = _data(family, options[DataOptions], runtime, seed)
+    checks.check_caches(opened.dit, source.entries)
     plan, state = _plan(chosen, states, resume, runtime, source.longest)
     rehearse(options[OptimizerOptions], options[TimestepOptions], family.spec, steps=plan.max_steps)
     if runtime.rank == 0 and (left := remove_leftovers(names.folder, names.name)):

@@ -18,8 +18,9 @@ def high_noise(options: ModelOptions) -> HighNoise | None:
             f"--dit_high_noise with --task {options.task}, which has one transformer: say at which timestep the one "
             f"for high noise takes over (--timestep_boundary 875), or the task ({known})"
         )
+    usual = SPEC.tasks[options.task].guidance_high
     if not isinstance(options, GenerationModelOptions):
-        return HighNoise(options.dit_high_noise, boundary, options.offload_inactive_dit)
+        return HighNoise(options.dit_high_noise, boundary, options.offload_inactive_dit, guidance=usual)
     files, multipliers = options.lora_weight_high_noise, options.lora_multiplier_high_noise
     if len(multipliers) > len(files):
         raise UserError(
@@ -34,7 +35,7 @@ def high_noise(options: ModelOptions) -> HighNoise | None:
         lazy=options.lazy_loading,
         lora_weight=files,
         lora_multiplier=(*multipliers, *[1.0] * (len(files) - len(multipliers))),
-        guidance=SPEC.tasks[options.task].guidance_high if guidance is None else guidance,
+        guidance=usual if guidance is None else guidance,
     )
 
 

@@ -8,6 +8,7 @@ features, by keys and values of their own. Modulation is float32 throughout: the
 float64 before that. Source: Wan 2.1 technical report (Wan team 2025) and its published checkpoints.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,19 @@ from musubi_tuner.nn.modulation import float_linear, gated, modulate, sinusoid
 from musubi_tuner.nn.norms import LayerNorm, RMSNorm
 from musubi_tuner.nn.rope import grid_rotations, rotate, told_rotations
 from musubi_tuner.nn.runner import Run, direct
+
+NO_FIRST_FRAME = (
+    "this transformer takes 36 channels (image to video) and was given no first frame: cache with wan_cache_latents "
+    "--i2v, or sample with --image_path (--i in a prompt line)"
+)
+NO_FEATURES = (
+    "this transformer attends to features of its first frame and was given none: name the CLIP encoder with --clip, "
+    "when caching latents (wan_cache_latents --i2v --clip ...) and when sampling"
+)
+NO_CONTROL = (
+    "this transformer takes 48 channels (control) and was given no control: name the control clips in the data set "
+    "file (control_directory), or sample with --control_path (--cn in a prompt line)"
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,24 @@ class WanModel(nn.Module):
             self.img_emb = PictureEmbedding(config.image_embed_dim, d, config.image_positions)
         self.blocks = nn.ModuleList(WanAttentionBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Roles of what every request must come with."""
+        ends = ("start", "end") if self.config.image_positions else ("start",)
+        return {16: (), 36: ends, 48: ("control_clip",)}[self.config.in_channels]
+
+    @property
+    def optional_pictures(self) -> tuple[str, ...]:
+        """Roles of what it may come with beside these."""
+        return {16: (), 36: ("end",), 48: ("start",)}[self.config.in_channels]
+
+    @property
+    def conditioned_on(self) -> Mapping[str, str]:
+        """Fields that its conditioning must have beside text, each with the sentence for where it is not there."""
+        channels, features = self.config.in_channels, self.config.image_embed_dim is not None
+        found = {"image": NO_FIRST_FRAME} if channels == 36 else {"control": NO_CONTROL} if channels == 48 else {}
+        return found | ({"clip": NO_FEATURES} if channels == 36 and features else {})
 
     def forward(
         self,

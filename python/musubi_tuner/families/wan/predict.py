@@ -57,21 +57,14 @@ def predict(dit: Dit, x_t: Tensor, t: Tensor, cond: Conditioning, *, run: Run = 
 
 def _channels(dit: WanModel, x_t: Tensor, cond: Conditioning) -> list[Tensor]:
     """What joins `x_t` on the channel axis."""
+    for name, sentence in dit.conditioned_on.items():
+        if cond.get(name) is None:
+            raise UserError(sentence)
     channels, image = dit.config.in_channels, cond.get("image")
     if channels == x_t.shape[1]:
         return []
     if channels == MARKS + 2 * x_t.shape[1]:
-        if image is None:
-            raise UserError(
-                f"this transformer takes {channels} channels (image to video) and was given no first frame: cache with "
-                "wan_cache_latents --i2v, or sample with --image_path (--i in a prompt line)"
-            )
-        return [image]
-    if "control" not in cond:
-        raise UserError(
-            f"this transformer takes {channels} channels (control) and was given no control: name the control clips in "
-            "the data set file (control_directory), or sample with --control_path (--cn in a prompt line)"
-        )
+        return [cond["image"]]
     first = torch.zeros_like(x_t)
     if image is not None:
         first[:, :, :1] = image[:, MARKS:, :1].to(x_t)
@@ -86,9 +79,4 @@ def _features(dit: WanModel, x_t: Tensor, cond: Conditioning) -> Tensor | None:
     found = cond.get("clip")
     if found is not None:
         return found.to(x_t.device)
-    if dit.config.in_channels == MARKS + 2 * x_t.shape[1]:
-        raise UserError(
-            "this transformer attends to features of its first frame and was given none: name the CLIP encoder with "
-            "--clip, when caching latents (wan_cache_latents --i2v --clip ...) and when sampling"
-        )
     return torch.zeros(x_t.shape[0], PICTURE_TOKENS, width, device=x_t.device, dtype=x_t.dtype)

@@ -76,7 +76,7 @@ SPEC: Final = FamilySpec(
     },
     default_task="t2v-14B",
     target_fps=16.0,
-    takes_pictures=("start", "end"),
+    takes_pictures=("start", "end", "control_clip"),
 )
 
 

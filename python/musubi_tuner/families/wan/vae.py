@@ -171,8 +171,8 @@ def request_entry(item: Item, vae: WanVae, tower: ClipTower | None) -> dict[str,
     found = (
         {name: column[0] for name, column in given_frames(frames, item.frames, vae, tower).items()} if frames else {}
     )
-    if "control" in by_role:
-        found["control"] = vae.encode(by_role["control"][None])[0]
+    if "control_clip" in by_role:
+        found["control"] = vae.encode(by_role["control_clip"][None])[0]
     return {name: value.float() for name, value in found.items()}
 
 
