@@ -129,6 +129,7 @@ def test_the_options_of_the_latent_cache_say_what_is_cached(coder, tower, clip):
         (CacheLatentOptions(), (), {"latents"}),
         (CacheLatentOptions(), (control,), {"latents", "control"}),
         (CacheLatentOptions(i2v=True), (), {"latents", "image", "clip"}),
+        (CacheLatentOptions(clip="its file"), (), {"latents", "image", "clip"}),
         (CacheLatentOptions(flf2v=True), (control,), {"latents", "image", "clip", "control"}),
     ):
         items = [Item("", clip, controls=controls)] * 2

@@ -156,7 +156,7 @@ def encoded(items: Sequence[Item], coder: Vae, encoders: Encoders | None) -> lis
     chosen = encoders.options if isinstance(encoders, WanEncoders) else None
     given = ""
     if isinstance(chosen, CacheLatentOptions):
-        given = "both" if chosen.flf2v else "first" if chosen.i2v else ""
+        given = "both" if chosen.flf2v else "first" if chosen.i2v or chosen.clip else ""
     return [[entry] for entry in vae.training_entries(items, coder, tower, given)]
 
 

@@ -21,7 +21,7 @@ class CacheLatentOptions:
 
     i2v: bool = option(False, help="cache the first frame too, for image-to-video and control models that take one")
     flf2v: bool = option(False, help="cache the first and the last frame, for models that take both")
-    clip: str | None = option(None, help=_CLIP + "; for models of version 2.1, with i2v or flf2v", metavar="FILE")
+    clip: str | None = option(None, help=_CLIP + "; for models of version 2.1, implies i2v", metavar="FILE")
     vae_cache_cpu: bool = option(False, help=_CACHE_CPU)
 
 
