@@ -185,3 +185,57 @@ def test_what_is_missing_is_a_sentence_before_the_transformer_is_read(shop, tmp_
         words = workshop.training("x", "--task", task, "--dit", str(root / f"{task}.safetensors"))
         assert cli.main(["wan_train_network", *words, "--dataset_config", data, "--output_dir", str(tmp_path)]) == 2
         assert re.search(sentence, capsys.readouterr().err)
+
+
+@pytest.mark.shows("one_frame", "one_frame_inference", "control_image_path")
+def test_a_single_picture_from_a_control_picture(shop, tmp_path):
+    """One-frame mode through the real commands: the picture's time matters, and one picture comes out."""
+    workshop, root = shop
+    for folder in ("targets", "befores"):
+        (tmp_path / folder).mkdir()
+    for n in range(2):
+        Image.open(root / f"clips/clip{n}/4.png").save(tmp_path / f"targets/{n}.png")
+        Image.open(root / f"clips/clip{n}/0.png").save(tmp_path / f"befores/{n}.png")
+        (tmp_path / f"targets/{n}.txt").write_text("a red roof", encoding="utf-8")
+    (tmp_path / "one.toml").write_text(
+        f"""
+[general]
+resolution = [48, 32]
+caption_extension = ".txt"
+batch_size = 2
+[[datasets]]
+image_directory = "{(tmp_path / "targets").as_posix()}"
+control_directory = "{(tmp_path / "befores").as_posix()}"
+cache_directory = "{(tmp_path / "cache").as_posix()}"
+fp_1f_clean_indices = [0]
+fp_1f_target_index = 9
+""",
+        encoding="utf-8",
+    )
+    common = ["--dataset_config", str(tmp_path / "one.toml"), "--device", "cpu"]
+    clip, dit = words_of(("--clip",), root), str(root / "i2v-14B.safetensors")
+    musubi("wan_cache_latents", *common, "--vae", str(workshop.vae), "--one_frame", *clip)
+    musubi("wan_cache_text_encoder_outputs", *common, "--t5", str(workshop.t5))
+    keys = load_file(next((tmp_path / "cache").glob("0_*_wan.safetensors")))
+    assert keys["f_indices_int32"].tolist() == [0, 9]
+    assert keys["latents_2x4x6_bfloat16"].shape == (16, 2, 4, 6)
+    more = ["--task", "i2v-14B", "--dit", dit, *common[:2], "--output_dir", str(tmp_path / "out"), "--one_frame"]
+    musubi("wan_train_network", *workshop.training("lora", *more, "--max_train_epochs", "1"))
+
+    def sampled(name, *words):
+        given = workshop.generation(
+            tmp_path / name, "--task", "i2v-14B", "--dit", dit, *clip, "--vae", str(workshop.vae)
+        )
+        size = ("--video_size", "32", "48", "--video_length", "1", "--output_type", "latent")
+        lora = ("--lora_weight", str(tmp_path / "out/lora.safetensors"))
+        musubi("wan_generate_video", *given, *size, *lora, *words)
+        (path,) = (tmp_path / name).glob("*_latent.safetensors")
+        return outputs.read_latents(str(path), "wan")[0]
+
+    before = str(tmp_path / "befores/0.png")
+    nine = sampled("nine", "--control_image_path", before, "--one_frame_inference", "target_index=9,control_index=0")
+    assert nine.shape == (16, 1, 4, 6)
+    same = sampled("same", "--image_path", before, "--one_frame_inference", "target_index=9,control_index=0")
+    three = sampled("three", "--image_path", before, "--one_frame_inference", "target_index=3,control_index=0")
+    assert same.equal(nine)
+    assert float((three - nine).abs().max()) > 1e-3

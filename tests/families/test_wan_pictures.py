@@ -12,11 +12,12 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.data.cache_keys import to_keys
 from musubi_tuner.families import registry
 from musubi_tuner.families.base import Item
-from musubi_tuner.families.wan import WanEncoders, vae
-from musubi_tuner.families.wan.options import CacheLatentOptions, EncodingOptions
+from musubi_tuner.families.wan import vae
+from musubi_tuner.families.wan.options import CacheLatentOptions, EncodingOptions, GenerationOptions
 from musubi_tuner.flow import keyed
 from musubi_tuner.nn.vision.clip import MEAN, STD, ClipTower
 from musubi_tuner.weights.clip_vision import load_clip_vision, tower_key, tower_sizes
+from musubi_tuner.weights.encoders import TextAndPicture
 from wan_files import header_of
 
 FAMILY = registry.get("wan")
@@ -133,7 +134,7 @@ def test_the_options_of_the_latent_cache_say_what_is_cached(coder, tower, clip):
         (CacheLatentOptions(flf2v=True), (control,), {"latents", "image", "clip", "control"}),
     ):
         items = [Item("", clip, controls=controls)] * 2
-        entries = FAMILY.encode_latents(items, coder, WanEncoders(options, picture=tower))
+        entries = FAMILY.encode_latents(items, coder, TextAndPicture(options, picture=tower))
         assert [set(entry) for of_item in entries for entry in of_item] == [names, names]
     assert distance(entries[1][0]["control"], coder.encode(control[None])[0]) < 1e-6
     assert entries[0][0]["clip"].shape == (2 * 5, 48)
@@ -141,7 +142,7 @@ def test_the_options_of_the_latent_cache_say_what_is_cached(coder, tower, clip):
 
 def test_a_request_is_encoded_like_a_training_item(coder, tower, clip):
     first, last = clip[:, :1], clip[:, -1:]
-    encoders = WanEncoders(EncodingOptions(), picture=tower)
+    encoders = TextAndPicture(EncodingOptions(), picture=tower)
     trained = vae.training_entries([Item("", clip)], coder, tower, "both")[0]
     request = Item("", controls=(first, last), roles=("start", "end"), frames=5, height=16, width=24)
     asked = FAMILY.encode_latents([request], coder, encoders)[0][0]
@@ -186,3 +187,58 @@ def test_features_between_frames_come_back_to_the_device():
     kept[0] = torch.ones(2, device="cuda")
     assert list.__getitem__(kept, 0).device.type == "cpu"
     assert kept[0].device.type == "cuda"
+
+
+@pytest.mark.parametrize("target", [1, 9, 0])
+def test_a_single_picture_is_a_frame_at_its_time_among_its_controls(coder, tower, clip, target):
+    """In the order of their times; all frames are trained, the picture is grey in what the model is given."""
+    picture, controls = clip[:, :1], (clip[:, 1:2], clip[:, 2:3])
+    said = {"fp_1f_clean_indices": (4, 12), "fp_1f_target_index": target}
+    encoders = TextAndPicture(CacheLatentOptions(one_frame=True), picture=tower)
+    entry = FAMILY.encode_latents([Item("", picture, controls=controls, said=said)], coder, encoders)[0][0]
+    place = [0, 1][target == 9]
+    assert entry["positions"].tolist() == sorted([4, 12, target])
+    assert entry["positions"].dtype == torch.int32
+    assert entry["clip"].shape == (10, 48)
+    alone = [coder.encode(x[None])[0][:, 0] for x in (picture, *controls, torch.zeros_like(picture))]
+    order = [1, 2]
+    order.insert(place, 0)
+    assert distance(entry["latents"], torch.stack([alone[i] for i in order], dim=1)) < 1e-6
+    order[place] = 3
+    assert distance(entry["image"][4:], torch.stack([alone[i] for i in order], dim=1)) < 1e-6
+    assert entry["image"][:4, :, 0, 0].tolist() == [[float(i != place) for i in range(3)]] * 4
+    request = Item("", controls=controls, roles=("start", "end"), frames=1, height=16, width=24)
+    chosen = GenerationOptions(one_frame_inference=f"target_index={target},control_index=4;12")
+    asked = FAMILY.encode_latents([request], coder, TextAndPicture(chosen, picture=tower))[0][0]
+    assert asked.pop("kept").tolist() == [3, place]
+    assert all(torch.equal(asked[name], entry[name]) for name in asked)
+    assert asked.keys() == {"image", "positions", "clip"}
+
+
+@pytest.mark.parametrize(
+    ("item", "sentence"),
+    [
+        ({"said": {"fp_1f_clean_indices": (1,)}}, "times 1 and 1: each must be another"),
+        ({"said": {"fp_1f_clean_indices": (1, 2)}}, "one-frame mode: 1 control pictures and times 1, 2"),
+        ({"controls": ()}, "one-frame mode: 0 control pictures and no times"),
+        ({"controls": (torch.zeros(3, 1, 32, 32),)}, "controls have the size of the picture"),
+        ({"pixels": torch.zeros(3, 5, 16, 24)}, "--one_frame takes pictures, not clips"),
+    ],
+)
+def test_single_pictures_that_cannot_be_are_told(coder, clip, item, sentence):
+    given = {"caption": "", "pixels": clip[:, :1], "controls": (clip[:, 1:2],)} | item
+    with pytest.raises(UserError, match=sentence):
+        FAMILY.encode_latents([Item(**given)], coder, TextAndPicture(CacheLatentOptions(one_frame=True)))
+
+
+def test_several_controls_of_a_clip_are_refused(coder, clip):
+    with pytest.raises(UserError, match=r"an item has 2 controls .*: a clip takes one control clip"):
+        FAMILY.encode_latents([Item("", clip, controls=(clip, clip))], coder, TextAndPicture(CacheLatentOptions()))
+
+
+def test_control_pictures_without_one_frame_mode_are_refused(coder, clip):
+    request = Item("", controls=(clip[:, :1],), roles=("control",), frames=5, height=16, width=24)
+    with pytest.raises(UserError, match="control pictures are for --one_frame_inference"):
+        FAMILY.encode_latents([request], coder, TextAndPicture(GenerationOptions()))
+    with pytest.raises(UserError, match="one-frame mode makes one picture, not 5 frames: give --video_length 1"):
+        FAMILY.encode_latents([request], coder, TextAndPicture(GenerationOptions(one_frame_inference="default")))

@@ -137,7 +137,7 @@ class FamilySpec:
     takes_pictures: tuple[str, ...] = ()
     """What a request may come with, by role: the pictures `start`, `end`, `control`, and a clip, `control_clip`."""
     reads_controls: bool = False
-    """Whether items' controls are encoded though no cache field is named `control`."""
+    """Whether items' controls are encoded, any number of them, though no cache field named `control` says so."""
     control_masks: bool = False
     """Whether the opacity of a control says what of it counts (`Item.masks`)."""
     dataset_keys: tuple[str, ...] = ()

@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 Pictures = Mapping[Request, Mapping[str, Tensor]]
 """What the family's `encode_latents` made of each request's pictures, on the CPU; requests without any are absent."""
 
+KEPT = "kept"
+"""Field of a request whose latents are one frame among others: how many there are, and its place; not the model's."""
+
 LoadVae = Callable[[], Vae]
 
 
@@ -50,6 +53,8 @@ def check_model(dit: Dit | None, requests: Iterable[Request]) -> None:
     taken = {*needed, *getattr(dit, "optional_pictures", ())}
     for request in requests:
         roles = {role for role, _ in request.pictures} | ({"control_clip"} if request.control else set())
+        if "control" in roles and "control" not in taken:
+            roles = roles - {"control"} | {"start"}  # a single picture is made from any pictures
         missing = [role for role in needed if role not in roles]
         if missing:
             raise UserError(f"this checkpoint {_MISSING[missing[0]]}, or a text-to-video checkpoint")

@@ -34,7 +34,7 @@ from musubi_tuner.sampling.guidance import (
 )
 from musubi_tuner.sampling.models import Prompts
 from musubi_tuner.sampling.outputs import to_bytes
-from musubi_tuner.sampling.pictures import Pictures
+from musubi_tuner.sampling.pictures import KEPT, Pictures
 from musubi_tuner.sampling.request import Request, initial_noise
 from musubi_tuner.sampling.step_cache import StepCache
 
@@ -145,11 +145,14 @@ class Sampler:
         self, group: Sequence[Request], prompts: Prompts, pictures: Pictures, label: str | None
     ) -> list[Tensor]:
         """Latents of requests that differ in prompt and seed only."""
-        first, seen = group[0], [pictures.get(r, {}) for r in group]
+        first, seen = group[0], [dict(pictures.get(r, {})) for r in group]
+        kept = [found.pop(KEPT).tolist() if KEPT in found else None for found in seen]
         with_prompt = [{**_entry(r, prompts[r.prompt]), **p} for r, p in zip(group, seen, strict=True)]
         without = [{**_entry(r, prompts[r.negative]), **p} for r, p in zip(group, seen, strict=True) if first.guided]
-        noise = torch.stack([initial_noise(r, self.family.spec) for r in group])
-        return list(self._denoised(first, noise, with_prompt, without, label))
+        frames = [None if of is None else of[0] for of in kept]
+        noise = torch.stack([initial_noise(r, self.family.spec, n) for r, n in zip(group, frames, strict=True)])
+        found = self._denoised(first, noise, with_prompt, without, label)
+        return [x if of is None else x[:, of[1] : of[1] + 1] for x, of in zip(found, kept, strict=True)]
 
     def _by_family(
         self, family: OwnSampling, request: Request, prompts: Prompts, pictures: Pictures, label: str | None

@@ -110,7 +110,11 @@ def fitted(request: Request, geometry: LatentGeometry) -> Request:
     )
 
 
-def initial_noise(request: Request, spec: FamilySpec) -> Tensor:
-    """Standard normal latents [C, F, H, W], float32 on the CPU: what torch's CPU generator draws from the seed."""
+def initial_noise(request: Request, spec: FamilySpec, frames: int | None = None) -> Tensor:
+    """Standard normal latents [C, F, H, W], float32 on the CPU: what torch's CPU generator draws from the seed.
+
+    frames: of the latents, where they are others than the request's.
+    """
+    channels, own, *size = request.shape(spec.latents)
     draw = torch.Generator().manual_seed(request.seed)
-    return torch.randn(request.shape(spec.latents), generator=draw)
+    return torch.randn((channels, frames or own, *size), generator=draw)

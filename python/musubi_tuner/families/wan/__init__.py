@@ -1,7 +1,6 @@
 """Wan 2.1 and 2.2: text, pictures, control clips to video, and text to image; one transformer or two experts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from musubi_tuner.families.base import (
     MagRatios,
     Vae,
 )
-from musubi_tuner.families.wan import experts, keys, options, predict, vae
+from musubi_tuner.families.wan import experts, keys, options, predict
+from musubi_tuner.families.wan import vae as coding
 from musubi_tuner.families.wan.config import check_task, wan_config
 from musubi_tuner.families.wan.model import WanModel
 from musubi_tuner.families.wan.options import (
@@ -31,27 +31,10 @@ from musubi_tuner.families.wan.options import (
 )
 from musubi_tuner.families.wan.spec import SPEC, mag_ratios
 from musubi_tuner.nn.runner import Run, direct
-from musubi_tuner.nn.text.umt5 import Umt5Encoder
-from musubi_tuner.nn.vision.clip import ClipTower
 from musubi_tuner.weights.clip_vision import load_clip_vision
+from musubi_tuner.weights.encoders import TextAndPicture
 from musubi_tuner.weights.reader import Header
 from musubi_tuner.weights.umt5 import load_text_encoder, tokenizer_file
-
-
-@dataclass
-class WanEncoders:
-    """The encoders that a command named, None where it named none, and its options."""
-
-    options: Any
-    text: Umt5Encoder | None = None
-    picture: ClipTower | None = None
-
-    def to(self, device: torch.device) -> "WanEncoders":
-        """Move to `device`; the same object."""
-        for part in (self.text, self.picture):
-            if part is not None:
-                part.to(device)
-        return self
 
 
 class WanFamily:
@@ -65,13 +48,13 @@ class WanFamily:
             "cache_latents": (options.CacheLatentOptions,),
             "cache_text": (options.CacheTextEncoderOptions,),
             "train": (options.EncodingOptions, options.ModelOptions),
-            "generate": (options.EncodingOptions, options.GenerationModelOptions),
+            "generate": (options.GenerationOptions, options.GenerationModelOptions),
         }
         return groups.get(command, ())
 
     def load_encoders(self, options: Any, *, device: torch.device, dtype: torch.dtype) -> Encoders | None:
         """umt5 and CLIP's picture tower, where `options` name them; the latent cache has use for its options alone."""
-        found = WanEncoders(options)
+        found = TextAndPicture(options)
         if isinstance(options, (CacheTextEncoderOptions, EncodingOptions)) and options.t5:
             words, fp8 = options.t5_tokenizer, options.fp8_t5
             found.text = load_text_encoder(options.t5, words, fp8=fp8, device=device, dtype=dtype)
@@ -88,17 +71,17 @@ class WanFamily:
     def load_vae(self, path: str, *, device: torch.device, dtype: torch.dtype, options: Any = None) -> Vae:
         """The causal VAE."""
         known = isinstance(options, (CacheLatentOptions, EncodingOptions))
-        return vae.load_vae(path, device=device, dtype=dtype, cache_on_cpu=known and options.vae_cache_cpu)
+        return coding.load_vae(path, device=device, dtype=dtype, cache_on_cpu=known and options.vae_cache_cpu)
 
     def encode_latents(
         self, items: Sequence[Item], vae: Vae, encoders: Encoders | None = None
     ) -> list[list[dict[str, Tensor]]]:
         """One entry per item: latents, with what the options ask for of given frames and controls."""
-        return encoded(items, vae, encoders)
+        return coding.encoded(items, vae, encoders)
 
     def encode_condition(self, items: Sequence[Item], encoders: Encoders) -> list[dict[str, Tensor]]:
         """Text features of each caption."""
-        if not isinstance(encoders, WanEncoders) or encoders.text is None:
+        if not isinstance(encoders, TextAndPicture) or encoders.text is None:
             raise UserError("captions need the text encoder umt5: name it with --t5")
         return [{"text": row} for row in encoders.text.encode([item.caption for item in items])]
 
@@ -144,20 +127,6 @@ class WanFamily:
     def mag_ratios(self, options: Any, model: Any = None) -> MagRatios | None:  # noqa: ARG002 the protocol's
         """Of 50 or 40 steps, published for most models."""
         return mag_ratios(model.task)
-
-
-def encoded(items: Sequence[Item], coder: Vae, encoders: Encoders | None) -> list[list[dict[str, Tensor]]]:
-    """What `coder` and the tower make of training items, or of the pictures of requests."""
-    if not isinstance(coder, vae.WanVae):
-        raise TypeError(f"Wan latents are those of its own VAE, not of {type(coder).__name__}")
-    tower = encoders.picture if isinstance(encoders, WanEncoders) else None
-    if items[0].pixels is None and items[0].controls:
-        return [[vae.request_entry(item, coder, tower)] for item in items]
-    chosen = encoders.options if isinstance(encoders, WanEncoders) else None
-    given = ""
-    if isinstance(chosen, CacheLatentOptions):
-        given = "both" if chosen.flf2v else "first" if chosen.i2v or chosen.clip else ""
-    return [[entry] for entry in vae.training_entries(items, coder, tower, given)]
 
 
 family = WanFamily()

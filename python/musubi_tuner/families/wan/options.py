@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from musubi_tuner.config.guidance_steps import GuidanceStepOptions
+from musubi_tuner.config.one_frame import OneFrame
 from musubi_tuner.config.options import option
 from musubi_tuner.families.wan.spec import SPEC
 
@@ -15,6 +16,9 @@ _CLIP = "CLIP picture encoder of Wan 2.1 (models_clip_open-clip-xlm-roberta-larg
 _CACHE_CPU = "keep the VAE's features between frames in CPU memory: slower, for less memory on the device"
 
 
+_ONE_FRAME = "one picture from one or two control pictures, each at a time of its own, in place of a clip"
+
+
 @dataclass(frozen=True)
 class CacheLatentOptions:
     """Wan pictures and clips (for the latent cache)"""
@@ -23,6 +27,7 @@ class CacheLatentOptions:
     flf2v: bool = option(False, help="cache the first and the last frame, for models that take both")
     clip: str | None = option(None, help=_CLIP + "; for models of version 2.1, implies i2v", metavar="FILE")
     vae_cache_cpu: bool = option(False, help=_CACHE_CPU)
+    one_frame: bool = option(False, help=_ONE_FRAME)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,27 @@ class EncodingOptions:
     fp8_t5: bool = option(False, help=_FP8_T5)
     clip: str | None = option(None, help=_CLIP + "; for samples from a picture", metavar="FILE")
     vae_cache_cpu: bool = option(False, help=_CACHE_CPU)
+    one_frame: bool = option(False, help=_ONE_FRAME)
+
+    @property
+    def single(self) -> OneFrame | None:
+        """How a single picture is made of control pictures; None: none is."""
+        return OneFrame() if self.one_frame else None
+
+
+@dataclass(frozen=True)
+class GenerationOptions(EncodingOptions):
+    """Wan encoders, VAE and single pictures (for videos)"""
+
+    one_frame_inference: str | None = option(
+        None, help="one picture in place of a video: target_index=9,control_index=0;18, or default"
+    )
+
+    @property
+    def single(self) -> OneFrame | None:
+        """See `EncodingOptions.single`."""
+        asked = self.one_frame_inference
+        return OneFrame() if asked is None and self.one_frame else None if asked is None else OneFrame.parse(asked)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,9 @@ SPEC: Final = FamilySpec(
     },
     default_task="t2v-14B",
     target_fps=16.0,
-    takes_pictures=("start", "end", "control_clip"),
+    takes_pictures=("start", "end", "control", "control_clip"),
+    reads_controls=True,
+    dataset_keys=("fp_1f_clean_indices", "fp_1f_target_index"),
 )
 
 

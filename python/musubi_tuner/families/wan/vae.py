@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.families.base import Item
+from musubi_tuner.config.one_frame import OneFrame
+from musubi_tuner.families.base import Encoders, Item, Vae
+from musubi_tuner.families.wan.options import CacheLatentOptions, EncodingOptions
 from musubi_tuner.families.wan.spec import LATENT_MEAN, LATENT_STD, SPEC
 from musubi_tuner.nn.vision.clip import ClipTower
+from musubi_tuner.weights.encoders import TextAndPicture
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
@@ -144,6 +147,23 @@ def to_original_keys(state: Mapping[str, Any], config: VaeConfig) -> dict[str, A
     return {original_vae_key(key, config.num_res_blocks): value for key, value in state.items()}
 
 
+def encoded(items: Sequence[Item], coder: Vae, encoders: Encoders | None) -> list[list[dict[str, Tensor]]]:
+    """What `coder` and the tower make of training items, or of the pictures of requests."""
+    if not isinstance(coder, WanVae):
+        raise TypeError(f"Wan latents are those of its own VAE, not of {type(coder).__name__}")
+    tower = encoders.picture if isinstance(encoders, TextAndPicture) else None
+    chosen = encoders.options if isinstance(encoders, TextAndPicture) else None
+    if items[0].pixels is None and items[0].controls:
+        single = chosen.single if isinstance(chosen, EncodingOptions) else None
+        return [[request_entry(item, coder, tower, single)] for item in items]
+    given = ""
+    if isinstance(chosen, CacheLatentOptions):
+        if chosen.one_frame:
+            return [[one_frame_entry(item, coder, tower)] for item in items]
+        given = "both" if chosen.flf2v else "first" if chosen.i2v or chosen.clip else ""
+    return [[entry] for entry in training_entries(items, coder, tower, given)]
+
+
 def training_entries(
     items: Sequence[Item], vae: WanVae, tower: ClipTower | None, given: str
 ) -> list[dict[str, Tensor]]:
@@ -156,6 +176,11 @@ def training_entries(
         raise ValueError("an item without pixels has no latents")
     columns = {"latents": vae.encode(clips)}
     if all(item.controls for item in items):
+        if any(len(item.controls) > 1 for item in items):
+            raise UserError(
+                f"an item has {max(len(item.controls) for item in items)} controls ({items[0].caption[:60]!r}): a clip "
+                "takes one control clip; several control pictures are for --one_frame"
+            )
         columns["control"] = vae.encode(torch.stack([item.controls[0] for item in items]))
     if given:
         frames = {0: clips[:, :, 0]} | ({clips.shape[2] - 1: clips[:, :, -1]} if given == "both" else {})
@@ -163,9 +188,18 @@ def training_entries(
     return [{name: column[i] for name, column in columns.items()} for i in range(len(items))]
 
 
-def request_entry(item: Item, vae: WanVae, tower: ClipTower | None) -> dict[str, Tensor]:
-    """Fields of a request's pictures and control clip, float32."""
+def request_entry(
+    item: Item, vae: WanVae, tower: ClipTower | None, single: OneFrame | None = None
+) -> dict[str, Tensor]:
+    """Fields of a request's pictures and control clip, float32; of a `single` picture also `kept`."""
     by_role = dict(zip(item.roles, item.controls, strict=True))
+    if single is not None:
+        if item.frames != 1:
+            raise UserError(f"one-frame mode makes one picture, not {item.frames} frames: give --video_length 1")
+        found = at_times(single, item.controls, vae, tower)
+        return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
+    if "control" in by_role:
+        raise UserError("control pictures are for --one_frame_inference; a first frame is given with --image_path")
     places = {"start": 0, "end": item.frames - 1}
     frames = {place: by_role[role][None, :, 0] for role, place in places.items() if role in by_role}
     found = (
@@ -174,6 +208,53 @@ def request_entry(item: Item, vae: WanVae, tower: ClipTower | None) -> dict[str,
     if "control_clip" in by_role:
         found["control"] = vae.encode(by_role["control_clip"][None])[0]
     return {name: value.float() for name, value in found.items()}
+
+
+def one_frame_entry(item: Item, vae: WanVae, tower: ClipTower | None) -> dict[str, Tensor]:
+    """The cache entry of a picture and its control pictures; all of them are the training target, as established."""
+    if item.pixels is None or item.pixels.shape[1] != 1:
+        raise UserError("--one_frame takes pictures, not clips: use an image dataset")
+    plan = OneFrame.of_dataset(item.said, half=True, quarter=True)
+    found = at_times(plan, item.controls, vae, tower, item.pixels)
+    found.pop("kept")
+    return found
+
+
+TARGET_TIME: Final = 1
+"""Time of a single picture that was told none."""
+
+
+def at_times(
+    plan: OneFrame, controls: Sequence[Tensor], vae: WanVae, tower: ClipTower | None, target: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Fields of a single picture among `controls: [3, 1, H, W]`, each a frame at its time, in the order of the times.
+
+    image: [20, n + 1, h, w], grey for the picture. positions: [n + 1]. clip: [N, W] with a tower. kept: n + 1 frames
+    and the place of the picture among them. latents: [16, n + 1, h, w], where a `target: [3, 1, H, W]` is given.
+    """
+    times = (*plan.times(len(controls)), TARGET_TIME if plan.target is None else plan.target)
+    if len(set(times)) < len(times):
+        raise UserError(
+            f"one-frame mode: times {', '.join(map(str, times[:-1]))} and {times[-1]}: each must be another"
+        )
+    if len({tuple(picture.shape) for picture in (*controls, *(() if target is None else (target,)))}) > 1:
+        raise UserError("one-frame mode: controls have the size of the picture; leave control_resolution out")
+    order = sorted(range(len(times)), key=times.__getitem__)
+    given = [vae.encode(picture[None])[0] for picture in controls]
+    grey = vae.encode(torch.zeros_like(controls[0])[None])[0]
+    marked = [torch.cat([torch.ones_like(x[:4]), x]) for x in given] + [torch.cat([torch.zeros_like(grey[:4]), grey])]
+    found = {
+        "image": torch.cat([marked[i] for i in order], dim=1),
+        "positions": torch.tensor(sorted(times), dtype=torch.int32),
+        "kept": torch.tensor([len(times), order.index(len(controls))]),
+    }
+    if target is not None:
+        latents = [*given, vae.encode(target[None])[0]]
+        found["latents"] = torch.cat([latents[i] for i in order], dim=1)
+    if tower is not None:
+        features = [tower.encode(picture[None, :, 0])[0] for picture in controls]
+        found["clip"] = torch.cat(features).to(grey.dtype)
+    return found
 
 
 def given_frames(given: Mapping[int, Tensor], frames: int, vae: WanVae, tower: ClipTower | None) -> dict[str, Tensor]:
