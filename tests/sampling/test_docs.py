@@ -24,7 +24,8 @@ def commands() -> list[tuple[str, str, str]]:
             for line in block.replace("\\\n", " ").splitlines():
                 match = re.match(r"(?:python|accelerate launch)\s.*?src/musubi_tuner/(\w+)\.py\s(.*)", line.strip())
                 if match and "..." not in line:
-                    found.append((page, *match.groups()))
+                    script, words = match.groups()
+                    found.append((page, script, shlex.join(shlex.split(words, comments=True))))
     return found
 
 
@@ -40,7 +41,7 @@ def test_every_command_is_understood_and_nothing_of_it_is_without_effect(page, s
     assert cli.main([script, *shlex.split(words), "--print_config", "json"]) == 0
     out = capsys.readouterr()
     given = {name for name, value in json.loads(out.out)["options"].items() if value["source"] == "command line"}
-    flags = re.findall(r"(?<!\S)--(\w+)", re.sub(r'"[^"]*"', "", words))
+    flags = re.findall(r"(?<!\S)--(\w+)", re.sub(r"'[^']*'", "", words))
     assert len(given) == len(set(flags))
     assert "has no effect" not in out.err + caplog.text
 
