@@ -120,6 +120,8 @@ class FamilySpec:
     tasks: Mapping[str, SamplingDefaults]
     """`--task` values with their sampling defaults."""
     default_task: str
+    inputs: tuple[str, ...] = ()
+    """Modules of the transformer that make tokens of latents and text, called before the blocks."""
     target_fps: float | None = None
     """Frame rate that training clips are brought to."""
     resolution_step: int = 16

@@ -2,7 +2,9 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +14,10 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
 from musubi_tuner.families.base import Dit, Family, HasMagRatios, Vae
 from musubi_tuner.memory.placement import DTYPES
+from musubi_tuner.memory.plan import MemoryPlan, SwapOptions, plan_memory, swapped, unread
 from musubi_tuner.nn.compiling import CompileSettings, compile_blocks
 from musubi_tuner.nn.fast_products import multiply_fast
+from musubi_tuner.nn.runner import Run
 from musubi_tuner.sampling.models import OpenDit, open_dit, read_model_config, weight_policy
 from musubi_tuner.sampling.options import LoraOptions, ModelOptions, SolverOptions, compile_settings, own_options
 from musubi_tuner.sampling.pipeline import Sampler
@@ -30,26 +34,29 @@ _SINGLE_BLOCKS = r"single_(transformer_)?blocks"
 
 @dataclass(frozen=True)
 class Loading:
-    """How the transformer is loaded, settled before anything is."""
+    """How the transformer is loaded and run, settled before anything is."""
 
     family: Family
+    device: torch.device
     policy: WeightPolicy
-    fast: bool
+    memory: MemoryPlan
     compiling: CompileSettings | None
+    fast: bool
 
-    def load(self, opened: OpenDit, device: torch.device) -> Dit:
-        """The transformer of an opened checkpoint, on `device`."""
-        dit = opened.load(self.policy, device)
+    def load(self, opened: OpenDit) -> tuple[Dit, Callable[[], Run]]:
+        """The transformer of an opened checkpoint, and what makes the way of running its blocks."""
+        dit = opened.load(self.policy, self.device, host=self.memory.host)
         if self.fast:
             multiply_fast(dit, compiled=self.compiling is not None)
+        make_run = partial(swapped, self.memory.install(dit))
         if self.compiling is not None:
             compile_blocks(dit, self.family.spec.blocks, self.compiling)
-        return dit
+        return dit, make_run
 
 
-def loading_of(family: Family, options: Resolved) -> Loading:
-    """What the options say of loading. Raises UserError for what contradicts itself."""
-    chosen = options[ModelOptions]
+def loading_of(opened: OpenDit, options: Resolved, device: torch.device) -> Loading:
+    """What the options say of loading. Raises UserError for what contradicts itself; what has no effect is told."""
+    family, chosen = opened.family, options[ModelOptions]
     policy = weight_policy(
         family,
         fp8=chosen.fp8,
@@ -59,7 +66,12 @@ def loading_of(family: Family, options: Resolved) -> Loading:
     )
     if chosen.fp8_fast and not chosen.fp8:
         raise UserError("--fp8_fast chooses how FP8 weights are multiplied: give --fp8 too")
-    return Loading(family, policy, chosen.fp8_fast, compile_settings(options, os.environ))
+    compiling, resting = compile_settings(options, os.environ), options[SwapOptions]
+    for name, why in dict(unread(resting, device)).items():
+        if options.given(name):
+            log.warning("%s has no effect %s", name, why)
+    memory = plan_memory(opened.dit, family.spec.blocks, family.spec.inputs, resting, device, compiling=compiling)
+    return Loading(family, device, policy, memory, compiling, chosen.fp8_fast)
 
 
 def open_transformer(family: Family, options: Resolved) -> OpenDit:
@@ -131,10 +143,12 @@ def load_vae(family: Family, options: Resolved, device: torch.device) -> Vae:
     return family.load_vae(str(chosen.vae), device=device, dtype=dtype, options=own_options(family, options))
 
 
-def sampler_of(family: Family, options: Resolved, dit: Dit, device: torch.device) -> Sampler:
+def sampler_of(
+    family: Family, options: Resolved, dit: Dit, make_run: Callable[[], Run], device: torch.device
+) -> Sampler:
     """A sampler with a loaded transformer."""
-    own, cache = own_options(family, options), step_cache_of(family, options)
-    return Sampler(family, dit, device, joint=options[SolverOptions].cfg_batch, options=own, cache=cache)
+    own, cache, joint = own_options(family, options), step_cache_of(family, options), options[SolverOptions].cfg_batch
+    return Sampler(family, dit, device, make_run=make_run, joint=joint, options=own, cache=cache)
 
 
 def step_cache_of(family: Family, options: Resolved) -> StepCache | None:

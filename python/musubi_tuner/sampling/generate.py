@@ -20,6 +20,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
 from musubi_tuner.families.base import Encoders, Family, Vae
 from musubi_tuner.memory.placement import choose_device, release
+from musubi_tuner.memory.plan import SwapOptions
 from musubi_tuner.nn.compiling import CompileOptions
 from musubi_tuner.sampling import outputs, pictures
 from musubi_tuner.sampling.asked import make_requests
@@ -58,6 +59,7 @@ GROUPS: tuple[type, ...] = (
     SolverOptions,
     StepCacheOptions,
     OutputOptions,
+    SwapOptions,
     CompileOptions,
     CompileArgs,
 )
@@ -81,7 +83,8 @@ def run(family: Family, options: Resolved) -> None:
         return
     requests = make_requests(family, options)
     device = choose_device(options[ModelOptions].device)
-    loading, opened = loading_of(family, options), open_transformer(family, options)
+    opened = open_transformer(family, options)
+    loading = loading_of(opened, options, device)
     step_cache_of(family, options)  # its faults are told before the long work
     pictures.check_model(opened.dit, requests)
     writer = Writer.checked(family, options)
@@ -98,12 +101,11 @@ def run(family: Family, options: Resolved) -> None:
     for request in requests:
         log.info("%s", request.summary())
     started = time.monotonic()
-    dit = loading.load(opened, device)
-    sampler = sampler_of(family, options, dit, device)
+    sampler = sampler_of(family, options, *loading.load(opened), device)
     samples = _sample(sampler, requests, prompts, seen, writer, batch=options[SolverOptions].sample_batch_size)
     if isinstance(sampler.cache, Calibration):
         sampler.cache.tell(options.script)
-    del sampler, opened, dit
+    del sampler, opened
     release(device)
     log.info("%d sampled in %.1f s", len(samples), time.monotonic() - started)
     if writer.wants_pixels:
@@ -120,14 +122,15 @@ def serve(family: Family, options: Resolved, lines: TextIO) -> None:
     chosen, device, cpu = options[PromptOptions], choose_device(options[ModelOptions].device), torch.device("cpu")
     if chosen.prompt is not None or chosen.from_file is not None:
         raise UserError("--interactive reads its prompts from the terminal: leave --prompt and --from_file out")
-    loading, opened = loading_of(family, options), open_transformer(family, options)
+    opened = open_transformer(family, options)
+    loading = loading_of(opened, options, device)
     writer = Writer.checked(family, options)
     require_vae(options)
     encoders = family.load_encoders(own_options(family, options), device=cpu, dtype=torch.bfloat16)
     if encoders is None:
         raise UserError(f"prompts cannot be encoded without {family.spec.name}'s text encoder: name its files")
     vae = load_vae(family, options, cpu)
-    sampler = sampler_of(family, options, loading.load(opened, device), device)
+    sampler = sampler_of(family, options, *loading.load(opened), device)
     for line in _asked_lines(lines):
         try:
             requests = make_requests(family, options, [parse_line(line)])

@@ -124,8 +124,13 @@ class OpenDit:
     dit: Dit
     merges: tuple[Merge, ...]
 
-    def load(self, policy: WeightPolicy, device: torch.device, *, progress: bool = True) -> Dit:
-        """Fill the transformer, adapters merged before quantisation; in evaluation mode. Call it once."""
+    def load(
+        self, policy: WeightPolicy, device: torch.device, *, host: Sequence[str] = (), progress: bool = True
+    ) -> Dit:
+        """Fill the transformer, adapters merged before quantisation; in evaluation mode. Call it once.
+
+        host: paths of modules whose weights stay in host memory.
+        """
         with open_checkpoint(self.path) as checkpoint:
             report = materialize(
                 self.dit,
@@ -133,6 +138,7 @@ class OpenDit:
                 rename=self.family.rename_dit_key,
                 policy=policy,
                 device=device,
+                host=host,
                 merge=self.merges,
                 progress=progress,
             )

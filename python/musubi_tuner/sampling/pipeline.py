@@ -35,6 +35,10 @@ def _direct() -> Run:
     return direct
 
 
+def _cached(cache: StepCache, steps: int, make_run: Callable[[], Run]) -> Run:
+    return cache.run(steps, make_run())
+
+
 @torch.no_grad()
 def denoise(
     family: Family,
@@ -174,7 +178,9 @@ class Sampler:
         if begin is not None:
             schedule = schedule.last(source_video.steps_left(first.steps, first.strength))
             noise = source_video.begin(begin, noise, schedule)
-        make_run = self.make_run if self.cache is None else partial(self.cache.run, len(schedule))
+        cache, make_run = self.cache, self.make_run
+        if cache is not None:
+            make_run = partial(_cached, cache, len(schedule), make_run)
         with evaluating(self.dit):
             return denoise(
                 self.family,

@@ -39,6 +39,7 @@ SPEC: Final = FamilySpec(
     network_module="networks.lora_framepack",
     fp8=Fp8Targets(include=("transformer_blocks", "single_transformer_blocks"), exclude=("norm",)),
     blocks=("transformer_blocks", "single_transformer_blocks"),
+    inputs=("x_embedder", "context_embedder"),
     cache_fields=(
         CacheField("latents", "latents", "video", "latent"),
         CacheField("indices", "latent_indices", "plain", "latent"),

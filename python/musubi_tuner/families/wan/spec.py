@@ -47,6 +47,7 @@ SPEC: Final = FamilySpec(
         ),
     ),
     blocks=("blocks",),
+    inputs=("patch_embedding", "text_embedding"),
     cache_fields=(
         CacheField("latents", "latents", "video", "latent"),
         CacheField("text", "t5", "varlen", "text"),
