@@ -172,7 +172,10 @@ def test_compiled_blocks_sample_the_same(run, monkeypatch, caplog):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("more", [(), ("--fp8", "--fp8_scaled"), ("--magcache_mag_ratios", "1,0.9,0.95")])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--fp8", "--fp8_scaled"), ("--fp8", "--fp8_fast"), ("--magcache_mag_ratios", "1,0.9,0.95")],
+)
 def test_swapped_blocks_sample_the_same(run, monkeypatch, caplog, more):
     """On a stand-in for a device: both branches of guidance, FP8, skipped steps, and the terminal's prompts."""
     devices = []
