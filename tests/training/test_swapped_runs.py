@@ -66,7 +66,14 @@ CASES = {
     "checkpointing and accumulation": AGAIN,
     "neither": (),
     "scaled FP8 in bf16": (*AGAIN, "--fp8_base", "--fp8_scaled", "--mixed_precision", "bf16"),
-    "dropout on some layers": (*AGAIN, "--network_dropout", "0.2", "--network_args", "include_patterns=.*blocks.*1.*"),
+    "dropout on some layers": (
+        *AGAIN,
+        "--gradient_checkpointing_cpu_offload",
+        "--network_dropout",
+        "0.2",
+        "--network_args",
+        "include_patterns=.*blocks.*1.*",
+    ),
     "every weight": (*AGAIN, "--full_finetune"),
 }
 

@@ -71,7 +71,8 @@ class BlockSwap:
         self.slots = [_Slot(lanes.slot(size)) for _ in range(min(ring, len(modules)))]
         for slot in self.slots:
             slot.free = lanes.mark()
-        self._forward, self._recomputed, self._held = False, False, set[int]()
+        self._forward, self._recomputed = False, False
+        self._held: int | None = None
         self._visitors = {block: _Visitor(self, block, place) for place, block in enumerate(blocks, len(inputs))}
         for place, module in enumerate(inputs):
             module.register_forward_pre_hook(partial(self._input_comes, place))
@@ -110,21 +111,19 @@ class BlockSwap:
 
     def visit(self, place: int, block: nn.Module, h: Any, ctx: Any) -> Any:
         """Compute a swapped block, for the first time or again in backward."""
-        h = self._between(h, _Entry, place)
-        if self._forward:
-            slot = self._enter(place)
-            keeping = self._keeping(place, slot)
-        else:
+        if not self._forward:
             self.hold(place)
-            keeping = nullcontext()
+            try:
+                return block(h, ctx)
+            finally:  # it is left by an exception as soon as enough is known
+                self._bring_ahead(self._before(place))
+        slot = self._enter(place)
         try:
-            with keeping:
-                h = block(h, ctx)
-            return self._between(h, _Exit, place)
-        finally:  # a block that is computed again is left by an exception, as soon as enough is known
-            if self._forward:
-                self._leave(place)
-            self._bring_ahead(self._after(place) if self._forward else self._before(place))
+            with self._keeping(place, slot):
+                return self._announced(place, block(h, ctx))
+        finally:
+            self._leave(place)
+            self._bring_ahead(self._after(place))
 
     def _input_comes(self, place: int, *_: Any) -> None:
         self._enter(place)
@@ -134,26 +133,25 @@ class BlockSwap:
         self._bring_ahead(self._after(place))
 
     def hold(self, place: int) -> _Slot:
-        """Keep a block on the device until its backward pass is over; called inside of backward."""
-        if place in self._held:
+        """Keep a block on the device until backward comes to another one, or to its end; called inside of backward.
+
+        Autograd goes back in the order in which the pass went forward: all of a block comes before any of an earlier.
+        """
+        if place == self._held:
             return next(slot for slot in self.slots if slot.block == place)
-        if not self._held:  # the first block that is trained has no gradient before it that would tell its end
+        if self._held is None:
             torch.autograd.Variable._execution_engine.queue_callback(self._let_go)  # type: ignore[attr-defined]
+        self._let_go()
         slot = self._enter(place)
-        self._held.add(place)
+        self._held = place
         if not self._recomputed:
             self._bring_ahead(self._before(place))
         return slot
 
-    def let_go(self, place: int) -> None:
-        """The backward pass of a block is over."""
-        if place in self._held:
-            self._held.remove(place)
-            self._leave(place)
-
     def _let_go(self) -> None:
-        for place in tuple(self._held):
-            self.let_go(place)
+        if self._held is not None:
+            self._leave(self._held)
+            self._held = None
 
     def _after(self, place: int) -> Iterator[int]:
         """The blocks in the order of their use from `place` on, in a forward pass."""
@@ -165,13 +163,16 @@ class BlockSwap:
         """The same in a backward pass, and on into the next forward pass."""
         return chain(range(place, -1, -1), range(place, len(self.resting)))
 
-    def _between(self, h: Any, node: type[_Entry | _Exit], place: int) -> Any:
-        """`h`, so that its gradient tells where the backward pass is."""
-        parts = h if isinstance(h, tuple) else (h,)
-        if not torch.is_grad_enabled() or not any(part.requires_grad for part in parts):
-            return h
-        told = node.apply(self, place, *parts)
-        return told if isinstance(h, tuple) else told[0]
+    def _announced(self, place: int, h: Any) -> Any:
+        """What a block gave, `h`: backward holds the block before it comes to what made it."""
+
+        def hold(_: Any) -> None:
+            self.hold(place)
+
+        for part in h if isinstance(h, tuple) else (h,):
+            if part.grad_fn is not None:
+                part.grad_fn.register_prehook(hold)
+        return h
 
     def _keeping(self, place: int, slot: _Slot) -> AbstractContextManager[Any]:
         """Where autograd keeps what a block computes with: weights as a place in it, as their slot will be reused."""
@@ -323,37 +324,6 @@ class _Visitor(nn.Module):
 
     def forward(self, h: Any, ctx: Any) -> Any:
         return self.swap.visit(self.place, self.block, h, ctx)
-
-
-class _Exit(torch.autograd.Function):
-    """Hands the outputs of a block on; when their gradients come, its backward pass begins."""
-
-    @staticmethod
-    def forward(ctx: Any, swap: BlockSwap, place: int, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.swap, ctx.place = swap, place
-        return tuple(part.view_as(part) for part in parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        ctx.swap.hold(ctx.place)
-        return (None, None, *grads)
-
-
-class _Entry(torch.autograd.Function):
-    """Hands the inputs of a block on; their gradients come when all of the block has been gone through.
-
-    Autograd goes back in the order in which a pass went forward, and this is the first that a block did.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, swap: BlockSwap, place: int, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.swap, ctx.place = swap, place
-        return tuple(part.view_as(part) for part in parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        ctx.swap.let_go(ctx.place)
-        return (None, None, *grads)
 
 
 def _aligned(count: int) -> int:

@@ -34,29 +34,27 @@ _SINGLE_BLOCKS = r"single_(transformer_)?blocks"
 
 @dataclass(frozen=True)
 class Loading:
-    """How the transformer is loaded and run, settled before anything is."""
+    """How the transformer is loaded, settled before anything is."""
 
     family: Family
-    device: torch.device
     policy: WeightPolicy
-    memory: MemoryPlan
-    compiling: CompileSettings | None
     fast: bool
+    compiling: CompileSettings | None
 
-    def load(self, opened: OpenDit) -> tuple[Dit, Callable[[], Run]]:
-        """The transformer of an opened checkpoint, and what makes the way of running its blocks."""
-        dit = opened.load(self.policy, self.device, host=self.memory.host)
+    def load(self, opened: OpenDit, device: torch.device, memory: MemoryPlan) -> tuple[Dit, Callable[[], Run]]:
+        """The transformer of an opened checkpoint, on `device` but for what rests on the host; how its blocks run."""
+        dit = opened.load(self.policy, device, host=memory.host)
         if self.fast:
             multiply_fast(dit, compiled=self.compiling is not None)
-        make_run = partial(swapped, self.memory.install(dit))
+        swap = memory.install(dit)
         if self.compiling is not None:
             compile_blocks(dit, self.family.spec.blocks, self.compiling)
-        return dit, make_run
+        return dit, partial(swapped, swap)
 
 
-def loading_of(opened: OpenDit, options: Resolved, device: torch.device) -> Loading:
-    """What the options say of loading. Raises UserError for what contradicts itself; what has no effect is told."""
-    family, chosen = opened.family, options[ModelOptions]
+def loading_of(family: Family, options: Resolved) -> Loading:
+    """What the options say of loading. Raises UserError for what contradicts itself."""
+    chosen = options[ModelOptions]
     policy = weight_policy(
         family,
         fp8=chosen.fp8,
@@ -66,12 +64,7 @@ def loading_of(opened: OpenDit, options: Resolved, device: torch.device) -> Load
     )
     if chosen.fp8_fast and not chosen.fp8:
         raise UserError("--fp8_fast chooses how FP8 weights are multiplied: give --fp8 too")
-    compiling, resting = compile_settings(options, os.environ), options[SwapOptions]
-    for name, why in dict(unread(resting, device)).items():
-        if options.given(name):
-            log.warning("%s has no effect %s", name, why)
-    memory = plan_memory(opened.dit, family.spec.blocks, family.spec.inputs, resting, device, compiling=compiling)
-    return Loading(family, device, policy, memory, compiling, chosen.fp8_fast)
+    return Loading(family, policy, chosen.fp8_fast, compile_settings(options, os.environ))
 
 
 def open_transformer(family: Family, options: Resolved) -> OpenDit:
@@ -91,6 +84,17 @@ def open_transformer(family: Family, options: Resolved) -> OpenDit:
         attn_mode=chosen.attn_mode,
         split_attn=chosen.split_attn,
     )
+
+
+def memory_of(
+    opened: OpenDit, options: Resolved, device: torch.device, compiling: CompileSettings | None
+) -> MemoryPlan:
+    """Which weights rest on the host; what has no effect is told. Raises UserError."""
+    chosen, spec = options[SwapOptions], opened.family.spec
+    for name, why in dict(unread(chosen, device)).items():
+        if options.given(name):
+            log.warning("%s has no effect %s", name, why)
+    return plan_memory(opened.dit, spec.blocks, spec.inputs, chosen, device, compiling=compiling)
 
 
 def save_merged_model(options: Resolved, opened: OpenDit) -> None:
@@ -144,9 +148,9 @@ def load_vae(family: Family, options: Resolved, device: torch.device) -> Vae:
 
 
 def sampler_of(
-    family: Family, options: Resolved, dit: Dit, make_run: Callable[[], Run], device: torch.device
+    family: Family, options: Resolved, dit: Dit, device: torch.device, make_run: Callable[[], Run]
 ) -> Sampler:
-    """A sampler with a loaded transformer."""
+    """A sampler with a loaded transformer, whose blocks run as `make_run` says."""
     own, cache, joint = own_options(family, options), step_cache_of(family, options), options[SolverOptions].cfg_batch
     return Sampler(family, dit, device, make_run=make_run, joint=joint, options=own, cache=cache)
 

@@ -27,6 +27,7 @@ from musubi_tuner.sampling.asked import make_requests
 from musubi_tuner.sampling.assembly import (
     load_vae,
     loading_of,
+    memory_of,
     open_transformer,
     require_vae,
     sampler_of,
@@ -83,8 +84,8 @@ def run(family: Family, options: Resolved) -> None:
         return
     requests = make_requests(family, options)
     device = choose_device(options[ModelOptions].device)
-    opened = open_transformer(family, options)
-    loading = loading_of(opened, options, device)
+    loading, opened = loading_of(family, options), open_transformer(family, options)
+    memory = memory_of(opened, options, device, loading.compiling)
     step_cache_of(family, options)  # its faults are told before the long work
     pictures.check_model(opened.dit, requests)
     writer = Writer.checked(family, options)
@@ -101,11 +102,12 @@ def run(family: Family, options: Resolved) -> None:
     for request in requests:
         log.info("%s", request.summary())
     started = time.monotonic()
-    sampler = sampler_of(family, options, *loading.load(opened), device)
+    dit, make_run = loading.load(opened, device, memory)
+    sampler = sampler_of(family, options, dit, device, make_run)
     samples = _sample(sampler, requests, prompts, seen, writer, batch=options[SolverOptions].sample_batch_size)
     if isinstance(sampler.cache, Calibration):
         sampler.cache.tell(options.script)
-    del sampler, opened
+    del sampler, opened, dit
     release(device)
     log.info("%d sampled in %.1f s", len(samples), time.monotonic() - started)
     if writer.wants_pixels:
@@ -122,15 +124,16 @@ def serve(family: Family, options: Resolved, lines: TextIO) -> None:
     chosen, device, cpu = options[PromptOptions], choose_device(options[ModelOptions].device), torch.device("cpu")
     if chosen.prompt is not None or chosen.from_file is not None:
         raise UserError("--interactive reads its prompts from the terminal: leave --prompt and --from_file out")
-    opened = open_transformer(family, options)
-    loading = loading_of(opened, options, device)
+    loading, opened = loading_of(family, options), open_transformer(family, options)
+    memory = memory_of(opened, options, device, loading.compiling)
     writer = Writer.checked(family, options)
     require_vae(options)
     encoders = family.load_encoders(own_options(family, options), device=cpu, dtype=torch.bfloat16)
     if encoders is None:
         raise UserError(f"prompts cannot be encoded without {family.spec.name}'s text encoder: name its files")
     vae = load_vae(family, options, cpu)
-    sampler = sampler_of(family, options, *loading.load(opened), device)
+    dit, make_run = loading.load(opened, device, memory)
+    sampler = sampler_of(family, options, dit, device, make_run)
     for line in _asked_lines(lines):
         try:
             requests = make_requests(family, options, [parse_line(line)])
