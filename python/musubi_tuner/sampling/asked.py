@@ -9,7 +9,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
 from musubi_tuner.families.base import Family, OwnSampling, SamplingDefaults
 from musubi_tuner.sampling import pictures, source_video
-from musubi_tuner.sampling.options import PromptOptions, SolverOptions, own_options, task_defaults
+from musubi_tuner.sampling.options import PromptOptions, SolverOptions, high_noise, own_options, task_defaults
 from musubi_tuner.sampling.prompts import PromptEntry, read_prompts
 from musubi_tuner.sampling.request import Request
 
@@ -54,6 +54,8 @@ def _request(
     if isinstance(family, OwnSampling) and "frames" in given:
         said["f"] = str(given.pop("frames"))
     values = {**common, **given}
+    if "guidance" in given and common["guidance_high"] is not None:
+        values["guidance_high"] = given["guidance"]  # a prompt's own guidance is that of both transformers
     left_out = pictures.unserved(values, family.spec)
     values = {name: value for name, value in values.items() if name not in left_out}
     if values["video"]:
@@ -74,6 +76,7 @@ def _common_values(family: Family, options: Resolved) -> dict[str, Any]:
     task, chosen, solver = task_defaults(family.spec, options), options[PromptOptions], options[SolverOptions]
     plans = isinstance(family, OwnSampling)  # then what is not given is left to it
     height, width = chosen.video_size or (task.size[1], task.size[0])
+    high = high_noise(family, options)
     return {
         "negative": chosen.negative_prompt or "",
         "height": height,
@@ -82,8 +85,9 @@ def _common_values(family: Family, options: Resolved) -> dict[str, Any]:
         "fps": _or(chosen.fps, task.fps),
         "steps": _or(solver.infer_steps, task.steps),
         "guidance": _or(solver.guidance_scale, task.guidance),
+        "guidance_high": None if high is None else high.guidance,
         "embedded_guidance": _embedded(task, solver.embedded_cfg_scale),
-        "shift": _or(solver.flow_shift, _or(task.shift, None if plans else 1.0)),
+        "shift": _or(solver.flow_shift, _or(task.shift_of(width, height), None if plans else 1.0)),
         "solver": _or(solver.sample_solver, task.solver),
         "rescale": solver.guidance_rescale,
         "video": None if plans else chosen.video_path,
@@ -92,6 +96,7 @@ def _common_values(family: Family, options: Resolved) -> dict[str, Any]:
         "image": chosen.image_path,
         "end_image": chosen.end_image_path,
         "control_images": chosen.control_image_path,
+        "control": chosen.control_path,
     }
 
 

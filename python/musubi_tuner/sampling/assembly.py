@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,17 +11,27 @@ import torch
 
 from musubi_tuner.adapters.merge import KeyChoice, LoraMerge
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.config.guidance_steps import GuidanceSteps
 from musubi_tuner.config.options import Resolved
-from musubi_tuner.families.base import Dit, Family, HasMagRatios, Vae
+from musubi_tuner.families.base import Dit, Family, HasExperts, HasGuidanceSteps, HasMagRatios, Vae
 from musubi_tuner.memory.placement import DTYPES
 from musubi_tuner.memory.plan import MemoryPlan, SwapOptions, plan_memory, swapped, unread
 from musubi_tuner.nn.compiling import CompileSettings, compile_blocks
 from musubi_tuner.nn.fast_products import multiply_fast
 from musubi_tuner.nn.runner import Run
-from musubi_tuner.sampling.models import OpenDit, open_dit, read_model_config, weight_policy
-from musubi_tuner.sampling.options import LoraOptions, ModelOptions, SolverOptions, compile_settings, own_options
+from musubi_tuner.sampling.models import OpenDit, Opened, open_dit, open_experts, read_model_config, weight_policy
+from musubi_tuner.sampling.options import (
+    LoraOptions,
+    ModelOptions,
+    SolverOptions,
+    compile_settings,
+    high_noise,
+    model_options,
+    own_options,
+)
 from musubi_tuner.sampling.pipeline import Sampler
 from musubi_tuner.sampling.step_cache import StepCache, StepCacheOptions, step_cache
+from musubi_tuner.weights.load import Merge
 from musubi_tuner.weights.merged import save_merged
 from musubi_tuner.weights.policy import WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
@@ -41,15 +51,17 @@ class Loading:
     fast: bool
     compiling: CompileSettings | None
 
-    def load(self, opened: OpenDit, device: torch.device, memory: MemoryPlan) -> tuple[Dit, Callable[[], Run]]:
+    def load(self, opened: Opened, device: torch.device, memory: MemoryPlan) -> tuple[Dit, Callable[[], Run]]:
         """The transformer of an opened checkpoint, on `device` but for what rests on the host; how its blocks run."""
-        dit = opened.load(self.policy, device, host=memory.host)
+        dit = opened.load(self.policy, device, host=memory.host, prepare=self._prepare)
+        return dit, partial(swapped, memory.install(dit))
+
+    def _prepare(self, dit: Dit) -> None:
+        """What is done to each transformer that is loaded."""
         if self.fast:
             multiply_fast(dit, compiled=self.compiling is not None)
-        swap = memory.install(dit)
         if self.compiling is not None:
             compile_blocks(dit, self.family.spec.blocks, self.compiling)
-        return dit, partial(swapped, swap)
 
 
 def loading_of(family: Family, options: Resolved) -> Loading:
@@ -67,39 +79,48 @@ def loading_of(family: Family, options: Resolved) -> Loading:
     return Loading(family, policy, chosen.fp8_fast, compile_settings(options, os.environ))
 
 
-def open_transformer(family: Family, options: Resolved) -> OpenDit:
-    """The transformer, looked at but not loaded, with its adapters matched."""
+def open_transformer(family: Family, options: Resolved) -> Opened:
+    """The transformer, or two, looked at but not loaded, with their adapters matched."""
     chosen, lora = options[ModelOptions], options[LoraOptions]
     if chosen.dit is None:
         raise UserError("--dit is required: the transformer's checkpoint")
     merges = _merges(lora)
     config = read_model_config(options.as_dict().get("model_config"))
-    own = [options[group] for group in family.option_groups("generate")][1:]
-    return open_dit(
-        family,
-        chosen.dit,
-        merges=merges,
-        config=config,
-        options=own[0] if own else None,
-        attn_mode=chosen.attn_mode,
-        split_attn=chosen.split_attn,
-    )
+    own, plan = model_options(family, options), high_noise(family, options)
+    for sentence in family.without_effect(own) if isinstance(family, HasExperts) else ():
+        log.warning("%s", sentence)
+
+    def open_one(path: str, merges: Sequence[Merge]) -> OpenDit:
+        modes = chosen.attn_mode, chosen.split_attn
+        return open_dit(
+            family, path, merges=merges, config=config, options=own, attn_mode=modes[0], split_attn=modes[1]
+        )
+
+    opened = open_one(chosen.dit, merges)
+    if plan is None:
+        return opened
+    high = replace(lora, lora_weight=plan.lora_weight, lora_multiplier=plan.lora_multiplier)
+    return open_experts(opened, plan, _merges(high), open_one)
 
 
-def memory_of(
-    opened: OpenDit, options: Resolved, device: torch.device, compiling: CompileSettings | None
-) -> MemoryPlan:
+def memory_of(opened: Opened, options: Resolved, device: torch.device, compiling: CompileSettings | None) -> MemoryPlan:
     """Which weights rest on the host; what has no effect is told. Raises UserError."""
     chosen, spec = options[SwapOptions], opened.family.spec
     for name, why in dict(unread(chosen, device)).items():
         if options.given(name):
             log.warning("%s has no effect %s", name, why)
-    return plan_memory(opened.dit, spec.blocks, spec.inputs, chosen, device, compiling=compiling)
+    shape = (opened.dit, spec.blocks, spec.inputs)
+    return plan_memory(*shape, chosen, device, compiling=compiling, moves=opened.moves)
 
 
-def save_merged_model(options: Resolved, opened: OpenDit) -> None:
+def save_merged_model(options: Resolved, opened: Opened) -> None:
     """`--save_merged_model`: write the checkpoint with its adapters, streamed; the transformer is not loaded."""
     chosen, lora = options[ModelOptions], options[LoraOptions]
+    if not isinstance(opened, OpenDit):
+        raise UserError(
+            "--save_merged_model writes one checkpoint: merge each expert in a command of its own, without "
+            "--dit_high_noise"
+        )
     path = str(lora.save_merged_model)
     if not lora.lora_weight:
         raise UserError("--save_merged_model writes what --lora_weight gives: name the LoRA files")
@@ -119,7 +140,7 @@ def save_merged_model(options: Resolved, opened: OpenDit) -> None:
     log.info("wrote %s: %d weights merged with %s", path, count, ", ".join(told))
 
 
-def _merges(lora: LoraOptions) -> list[LoraMerge]:
+def _merges(lora: LoraOptions) -> list[Merge]:
     """The adapters of `--lora_weight`. Raises UserError for more values than files, and for files of another kind."""
     files = lora.lora_weight
     for name in ("lora_multiplier", "include_patterns", "exclude_patterns"):
@@ -151,14 +172,38 @@ def sampler_of(
     family: Family, options: Resolved, dit: Dit, device: torch.device, make_run: Callable[[], Run]
 ) -> Sampler:
     """A sampler with a loaded transformer, whose blocks run as `make_run` says."""
-    own, cache, joint = own_options(family, options), step_cache_of(family, options), options[SolverOptions].cfg_batch
-    return Sampler(family, dit, device, make_run=make_run, joint=joint, options=own, cache=cache)
+    return Sampler(
+        family,
+        dit,
+        device,
+        make_run=make_run,
+        joint=options[SolverOptions].cfg_batch,
+        options=own_options(family, options),
+        cache=step_cache_of(family, options),
+        steps=guidance_steps(family, options),
+    )
 
 
 def step_cache_of(family: Family, options: Resolved) -> StepCache | None:
     """The step cache that is asked for. Raises UserError."""
-    known = family.mag_ratios(own_options(family, options)) if isinstance(family, HasMagRatios) else None
-    return step_cache(options[StepCacheOptions], known)
+    own = own_options(family, options), model_options(family, options)
+    return step_cache(options[StepCacheOptions], family.mag_ratios(*own) if isinstance(family, HasMagRatios) else None)
+
+
+def guidance_steps(family: Family, options: Resolved, dit: Dit | None = None) -> GuidanceSteps:
+    """In which steps there is guidance, and by which blocks. Raises UserError, of `dit` too for blocks it has not."""
+    found = GuidanceSteps()
+    if isinstance(family, HasGuidanceSteps):
+        found = family.guidance_steps(model_options(family, options))
+    if found.layers and dit is not None:
+        count = sum(len(list(dit.get_submodule(name).children())) for name in family.spec.blocks)
+        if max(found.layers) >= count:
+            raise UserError(f"--slg_layers {max(found.layers)}: this model has {count} blocks, 0 to {count - 1}")
+    if found != GuidanceSteps() and options[StepCacheOptions].magcache_mag_ratios is not None:
+        raise UserError(
+            "--magcache_mag_ratios takes every step to be made alike: leave --cfg_skip_mode and --slg_layers out, or it"
+        )
+    return found
 
 
 def require_vae(options: Resolved) -> None:

@@ -25,6 +25,7 @@ from musubi_tuner.nn.compiling import CompileOptions
 from musubi_tuner.sampling import outputs, pictures
 from musubi_tuner.sampling.asked import make_requests
 from musubi_tuner.sampling.assembly import (
+    guidance_steps,
     load_vae,
     loading_of,
     memory_of,
@@ -87,6 +88,7 @@ def run(family: Family, options: Resolved) -> None:
     loading, opened = loading_of(family, options), open_transformer(family, options)
     memory = memory_of(opened, options, device, loading.compiling)
     step_cache_of(family, options)  # its faults are told before the long work
+    guidance_steps(family, options, opened.dit)
     pictures.check_model(opened.dit, requests)
     writer = Writer.checked(family, options)
     if any(request.needs_vae for request in requests):
@@ -99,6 +101,7 @@ def run(family: Family, options: Resolved) -> None:
     prompts = encode_prompts(
         family, own_options(family, options), requests, device=device, dtype=torch.bfloat16, also=encode_pictures
     )
+    pictures.check_fields(opened.dit, requests, seen)
     for request in requests:
         log.info("%s", request.summary())
     started = time.monotonic()
@@ -132,16 +135,18 @@ def serve(family: Family, options: Resolved, lines: TextIO) -> None:
     if encoders is None:
         raise UserError(f"prompts cannot be encoded without {family.spec.name}'s text encoder: name its files")
     vae = load_vae(family, options, cpu)
+    guidance_steps(family, options, opened.dit)
     dit, make_run = loading.load(opened, device, memory)
     sampler = sampler_of(family, options, dit, device, make_run)
     for line in _asked_lines(lines):
         try:
             requests = make_requests(family, options, [parse_line(line)])
-            pictures.check_model(sampler.dit, requests)
+            pictures.check_model(opened.dit, requests)
             encoders.to(device)
             prompts = encode(family, encoders, requests, progress=False)
             seen = pictures.encode(family, encoders, lambda: vae.to(device), requests, device)
             encoders.to(cpu)
+            pictures.check_fields(opened.dit, requests, seen)
             for request, stem, latents in _sample(sampler, requests, prompts, seen, writer, batch=1):
                 if writer.wants_pixels:
                     writer.pixels(request, stem, _decoded(vae.to(device), latents, device))

@@ -7,7 +7,7 @@ from typing import Any
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved, option
-from musubi_tuner.families.base import Family, FamilySpec, SamplingDefaults
+from musubi_tuner.families.base import Family, FamilySpec, HasExperts, HighNoise, SamplingDefaults
 from musubi_tuner.flow.solvers import SOLVERS
 from musubi_tuner.memory.placement import DTYPES, dtype_name
 from musubi_tuner.nn.attention import MODES
@@ -91,7 +91,7 @@ class PromptOptions:
     negative_prompt: str | None = option(None, help="text to lead away from, where guidance is on; empty if not given")
     from_file: str | None = option(
         None,
-        help="prompt file: one prompt per line with its own --w --h --f --d --s --g --l --fs --n --i --ei --ci --cim",
+        help="prompt file: a prompt a line with its own --w --h --f --d --s --g --l --fs --n --i --ei --ci --cim --cn",
         metavar="FILE",
     )
     interactive: bool = option(False, help="read such lines from the terminal, with the models kept loaded")
@@ -106,6 +106,9 @@ class PromptOptions:
     one_frame_auto_resize: bool = option(
         False,
         help="a single picture takes the shape of its first control (or start) picture, with the area of video_size",
+    )
+    control_path: str | None = option(
+        None, help="clip that controls frame by frame: a video, or a folder of pictures", metavar="FILE"
     )
     video_path: str | None = option(
         None, help="video to begin from, in place of noise alone; see strength", metavar="FILE"
@@ -217,3 +220,14 @@ def own_options(family: Family, options: Resolved) -> Any:
     """The family's first own group, which its encoders, VAE and sampling are told by; None where it has none."""
     groups = family.option_groups("generate")
     return options[groups[0]] if groups else None
+
+
+def model_options(family: Family, options: Resolved) -> Any:
+    """The family's group of the model, which it is built by; None where it has none."""
+    groups = family.option_groups("generate")[1:]
+    return options[groups[0]] if groups else None
+
+
+def high_noise(family: Family, options: Resolved) -> HighNoise | None:
+    """The second transformer that the options name."""
+    return family.high_noise(model_options(family, options)) if isinstance(family, HasExperts) else None

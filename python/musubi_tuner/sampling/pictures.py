@@ -17,7 +17,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.data import images
 from musubi_tuner.data.buckets import Buckets
 from musubi_tuner.families.base import Dit, Encoders, Family, FamilySpec, Item, OwnSampling, Vae
-from musubi_tuner.sampling import source_video
+from musubi_tuner.sampling import control_clip, source_video
 from musubi_tuner.sampling.request import Request
 
 log = logging.getLogger(__name__)
@@ -25,35 +25,59 @@ log = logging.getLogger(__name__)
 Pictures = Mapping[Request, Mapping[str, Tensor]]
 """What the family's `encode_latents` made of each request's pictures, on the CPU; requests without any are absent."""
 
+KEPT = "kept"
+"""Field of a request whose latents are one frame among others: how many there are, and its place; not the model's."""
+
 LoadVae = Callable[[], Vae]
 
 
 def check(request: Request) -> None:
-    """Raises UserError for a picture or a mask that is not there or is none."""
+    """Raises UserError for a picture or a mask that is not there or is none, and for a control clip too short."""
     for path in (*(path for _, path in request.pictures), *request.control_masks):
         try:
             images.image_size(Path(path).expanduser())
         except ValueError as fault:
             raise UserError(f"picture {path} {fault}") from fault
+    if request.control is not None:
+        control_clip.check(request.control, request.frames)
 
 
 def check_model(dit: Dit | None, requests: Iterable[Request]) -> None:
-    """Compare pictures with what an opened transformer needs, where it has an attribute `pictures` (roles).
+    """Compare pictures with what an opened transformer needs, where it has an attribute `pictures` (roles); it takes
+    those of an attribute `optional_pictures` too.
 
     Raises UserError for a request without one of them; a picture that the transformer makes nothing of is told.
     """
     needed = getattr(dit, "pictures", None)
     if not isinstance(needed, tuple):
         return
+    taken = {*needed, *getattr(dit, "optional_pictures", ())}
     for request in requests:
-        roles = {role for role, _ in request.pictures}
-        if not roles.issuperset(needed):
-            raise UserError(
-                "this checkpoint is image-to-video and was given no first frame: give --image_path (--i in a prompt "
-                "line), or a text-to-video checkpoint"
-            )
-        if roles - set(needed):
-            log.warning("this checkpoint makes nothing of pictures (%s): it is text-to-video", request.prompt[:60])
+        roles = {role for role, _ in request.pictures} | ({"control_clip"} if request.control else set())
+        if "control" in roles and "control" not in taken:
+            roles = roles - {"control"} | {"start"}  # a single picture is made from any pictures
+        missing = [role for role in needed if role not in roles]
+        if missing:
+            raise UserError(f"this checkpoint {_MISSING[missing[0]]}, or a text-to-video checkpoint")
+        if roles - taken:
+            kind = "it is text-to-video" if not taken else "it takes " + ", ".join(sorted(taken))
+            log.warning("this checkpoint makes nothing of pictures (%s): %s", request.prompt[:60], kind)
+
+
+_MISSING = {
+    "start": "is image-to-video and was given no first frame: give --image_path (--i in a prompt line)",
+    "end": "goes from a first to a last frame and was given no last one: give --end_image_path (--ei in a prompt line)",
+    "control": "needs a control picture: give --control_image_path (--ci in a prompt line)",
+    "control_clip": "needs a control clip: give --control_path (--cn in a prompt line)",
+}
+
+
+def check_fields(dit: Dit | None, requests: Iterable[Request], seen: Pictures) -> None:
+    """Compare what was encoded with what an opened transformer is conditioned on, where it has an attribute
+    `conditioned_on` (fields, each with a sentence). Raises UserError with the sentence of one that is not there."""
+    for name, sentence in getattr(dit, "conditioned_on", {}).items():
+        if any(name not in seen.get(request, {}) for request in requests):
+            raise UserError(sentence)
 
 
 def planned(family: Family, options: Any, values: Mapping[str, Any], said: Mapping[str, str]) -> Request:
@@ -92,8 +116,8 @@ def unserved(given: Mapping[str, Any], spec: FamilySpec) -> list[str]:
     return [*idle, "control_masks"] if given.get("control_masks") and not spec.control_masks else idle
 
 
-FIELDS = {"image": "start", "end_image": "end", "control_images": "control"}
-"""Fields of a request, by the role of their pictures."""
+FIELDS = {"image": "start", "end_image": "end", "control_images": "control", "control": "control_clip"}
+"""Fields of a request, by the role of their pictures or clip."""
 
 
 def encode(
@@ -103,7 +127,7 @@ def encode(
     requests: Iterable[Request],
     device: torch.device,
 ) -> dict[Request, Mapping[str, Tensor]]:
-    """The fields of every request with pictures or a `video`; the VAE is loaded only where there is one."""
+    """The fields of every request with pictures, a control or a `video`; the VAE is loaded only where there is one."""
     wanted = [request for request in dict.fromkeys(requests) if request.needs_vae]
     if not wanted:
         return {}
@@ -112,7 +136,7 @@ def encode(
     with torch.no_grad():
         for request in wanted:
             entry: Mapping[str, Tensor] = {}
-            if request.pictures:
+            if request.pictures or request.control:
                 entry = family.encode_latents([_item(family.spec, request, device)], vae, encoders)[0][0]
             clip = {} if request.video is None else {"video": _clip(family, request, vae, encoders, device)}
             found[request] = {name: tensor.cpu() for name, tensor in {**entry, **clip}.items()}
@@ -120,10 +144,13 @@ def encode(
 
 
 def _item(spec: FamilySpec, request: Request, device: torch.device) -> Item:
-    """The request with its pictures, their roles and the masks of its controls."""
-    roles = tuple(role for role, _ in request.pictures)
-    item = replace(request.item(request.prompt), controls=_read(request, device), roles=roles)
-    return replace(item, masks=_masks(request, device)) if spec.control_masks else item
+    """The request with its pictures and control clip, their roles and the masks of its controls."""
+    roles, controls = tuple(role for role, _ in request.pictures), _read(request, device)
+    masks = _masks(request, device) if spec.control_masks else ()
+    if request.control is not None:
+        clip = control_clip.read(request.control, request.frames, request.width, request.height, device)
+        roles, controls, masks = (*roles, "control_clip"), (*controls, clip), (*masks, None) if masks else ()
+    return replace(request.item(request.prompt), controls=controls, roles=roles, masks=masks)
 
 
 def _clip(family: Family, request: Request, vae: Vae, encoders: Encoders | None, device: torch.device) -> Tensor:

@@ -46,6 +46,7 @@ class PromptEntry:
     end_image: str | None = None
     control_images: tuple[str, ...] | None = None
     control_masks: tuple[str, ...] | None = None
+    control: str | None = None
     said: Mapping[str, str] = field(default_factory=dict)
     unserved: tuple[str, ...] = ()
 
@@ -76,6 +77,7 @@ LINE_OPTIONS: Mapping[str, str] = {
     "ei": "end_image",
     "ci": "control_images",
     "cim": "control_masks",
+    "cn": "control",
 }
 """Options of a line, by the field they set; `l` is the scale of classifier-free guidance."""
 _LISTS = ("ci", "cim")
@@ -83,7 +85,7 @@ _LISTS = ("ci", "cim")
 
 LINE_SAID = ("of", "vs")
 """Options that a family may understand: one-frame settings, number of sections."""
-LINE_UNSERVED = ("im", "cn", "m", "mcrr", "mct", "mck")
+LINE_UNSERVED = ("im", "m", "mcrr", "mct", "mck")
 
 TABLE_KEYS: Mapping[str, str] = {
     "prompt": "prompt",
@@ -101,16 +103,14 @@ TABLE_KEYS: Mapping[str, str] = {
     "end_image_path": "end_image",
     "control_image_path": "control_images",
     "control_image_mask_path": "control_masks",
+    "control_video_path": "control",
 }
 """Keys of a TOML or JSON entry."""
 
 TABLE_SAID: Mapping[str, str] = {"one_frame": "of", "video_sections": "vs"}
 """Further keys, by the option of a line that they stand for."""
 
-TABLE_UNSERVED = (
-    "enum",
-    "control_video_path",
-)
+TABLE_UNSERVED = ("enum",)
 
 _WHOLE = ("width", "height", "frames", "fps", "seed", "steps")
 
@@ -211,7 +211,7 @@ def _value(field: str, value: Any, where: str) -> Any:
         if isinstance(paths, (list, tuple)) and all(isinstance(path, str) for path in paths):
             return tuple(paths)
         raise UserError(f"{where} = {value!r}: must be the path of a picture, or a list of them")
-    if field in ("prompt", "negative", "image", "end_image"):
+    if field in ("prompt", "negative", "image", "end_image", "control"):
         if isinstance(value, str):
             return value
         raise UserError(f"{where} = {value!r}: must be text")

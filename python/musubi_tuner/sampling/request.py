@@ -23,12 +23,13 @@ MAX_SEED = 2**63 - 1
 class Request:
     """One thing to sample. Raises UserError for values that no family could serve.
 
-    guidance: scale of classifier-free guidance; 1 turns it off, and `negative` is then not looked at. shift: of the
-    time grid. solver: a name of `flow.solvers.SOLVERS`. fps: of a written video. embedded_guidance: what the
-    transformer is told, None where it has no such input. rescale: of guidance, 0 for none. image, end_image,
-    control_images: files; image may name one for each section. control_masks: files, of the controls in turn. video:
-    a file that sampling begins from, at `strength` of the noise. said: what only the family understands, by the names
-    of a prompt line's options.
+    guidance: scale of classifier-free guidance; 1 turns it off, and `negative` is then not looked at. guidance_high:
+    the same where a second transformer, for high noise, predicts; None: as `guidance`. rescale: of guidance, 0 for
+    none. shift: of the time grid. solver: a name of `flow.solvers.SOLVERS`. fps: of a written video. embedded_guidance:
+    what the transformer is told, None where it has no such input. image, end_image, control_images: files; image may
+    name one for each section. control_masks: files, of the controls in turn. control: the file of a clip, or its
+    folder. video: a file that sampling begins from, at `strength` of the noise. said: what only the family
+    understands, by the names of a prompt line's options.
     """
 
     prompt: str
@@ -50,6 +51,8 @@ class Request:
     video: str | None = None
     strength: float = 1.0
     rescale: float = 0.0
+    guidance_high: float | None = None
+    control: str | None = None
     said: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
@@ -77,7 +80,7 @@ class Request:
     @property
     def guided(self) -> bool:
         """True when a second branch, with the negative prompt, is needed."""
-        return self.guidance != 1.0
+        return self.guidance != 1.0 or self.guidance_high not in (None, 1.0)
 
     @property
     def pictures(self) -> tuple[tuple[str, str], ...]:
@@ -90,12 +93,13 @@ class Request:
     @property
     def needs_vae(self) -> bool:
         """True where something that comes with the request is encoded."""
-        return bool(self.pictures or self.video)
+        return bool(self.pictures or self.control or self.video)
 
     def summary(self) -> str:
         """One line for the log."""
         size = f"{self.width} x {self.height}" + (f" x {self.frames} frames" if self.frames > 1 else "")
-        solving = f"{self.solver}, {self.steps} steps, guidance {self.guidance:g}, shift {self.shift:g}"
+        high = "" if self.guidance_high is None else f" (high noise {self.guidance_high:g})"
+        solving = f"{self.solver}, {self.steps} steps, guidance {self.guidance:g}{high}, shift {self.shift:g}"
         return f"seed {self.seed}, {size}, {solving}: {self.prompt[:80]}"
 
     def item(self, caption: str) -> Item:
@@ -127,7 +131,11 @@ def fitted(request: Request, geometry: LatentGeometry) -> Request:
     )
 
 
-def initial_noise(request: Request, spec: FamilySpec) -> Tensor:
-    """Standard normal latents [C, F, H, W], float32 on the CPU: what torch's CPU generator draws from the seed."""
+def initial_noise(request: Request, spec: FamilySpec, frames: int | None = None) -> Tensor:
+    """Standard normal latents [C, F, H, W], float32 on the CPU: what torch's CPU generator draws from the seed.
+
+    frames: of the latents, where they are others than the request's.
+    """
+    channels, own, *size = request.shape(spec.latents)
     draw = torch.Generator().manual_seed(request.seed)
-    return torch.randn(request.shape(spec.latents), generator=draw)
+    return torch.randn((channels, frames or own, *size), generator=draw)

@@ -140,3 +140,19 @@ def _loaded(
         report = materialize(model, checkpoint, rename=rename, policy=policy, device=device, progress=False)
     log.info("%s: %s", path, report.summary())
     return model.to(device).eval(), sizes
+
+
+@dataclass
+class TextAndPicture:
+    """A text encoder and a picture encoder, None for what a command did not name, and its options."""
+
+    options: Any
+    text: Any = None
+    picture: Any = None
+
+    def to(self, device: torch.device) -> "TextAndPicture":
+        """Move to `device`; the same object."""
+        for part in (self.text, self.picture):
+            if part is not None:
+                part.to(device)
+        return self

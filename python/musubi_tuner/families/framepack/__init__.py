@@ -97,7 +97,7 @@ class FramePackFamily:
         """See `generate.generate`."""
         return generate.generate(options, item, pictures, tools)
 
-    def mag_ratios(self, options: Any) -> tuple[float, ...]:
+    def mag_ratios(self, options: Any, model: Any = None) -> tuple[float, ...]:  # noqa: ARG002 the protocol's
         """Of 25 steps, published for each model."""
         return MAG_RATIOS_F1 if options.f1 else MAG_RATIOS
 
