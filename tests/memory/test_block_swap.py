@@ -298,3 +298,26 @@ def test_what_cannot_be_a_ring_is_told():
         BlockSwap([], StandIn())
     with pytest.raises(ValueError, match="1 blocks in a ring of 0 slots"):
         BlockSwap([nn.Linear(2, 2)], StandIn(), ring=0)
+
+
+def test_two_models_that_take_turns_share_the_slots():
+    """As two experts by noise level do: other weights, one ring, every number as without swap."""
+
+    def pair() -> list[Model]:
+        models = [Model("wan"), Model("wan")]
+        with torch.no_grad():
+            for parameter in models[1].dit.parameters():
+                parameter.mul_(0.9)
+        return models
+
+    def turns(models: list[Model], run: Run) -> list[Tensor]:
+        return [value for turn in range(2) for model in models for value in model.train(run, run)[: 3 + turn]]
+
+    expected = turns(pair(), direct)
+    models, lanes = pair(), StandIn()
+    swap = models[0].swap(2, lanes, ring=2)
+    swap.join(models[1].blocks[-2:])
+    with watching(lanes):
+        assert equal(turns(models, swap.run()), expected)
+    assert len(lanes.slots) == 2
+    assert len(swap.resting) == 4

@@ -50,7 +50,7 @@ class BlockSwap:
 
     trained: the weights themselves are trained. inputs: frozen modules that are called before the blocks, and rest and
     visit like them. Takes over the tensors: they are packed on the host, one block after the other, and what does not
-    rest (an adapter's factors) moves to the device.
+    rest (an adapter's factors) moves to the device. Models that are never run together share the slots (`join`).
     """
 
     def __init__(
@@ -62,23 +62,36 @@ class BlockSwap:
         trained: bool = False,
         inputs: Sequence[nn.Module] = (),
     ) -> None:
-        modules = [*inputs, *blocks]
-        if ring < 1 or not modules:
-            raise ValueError(f"{len(modules)} blocks in a ring of {ring} slots: at least 1 of both")
+        count = len(inputs) + len(blocks)
+        if ring < 1 or not count:
+            raise ValueError(f"{count} blocks in a ring of {ring} slots: at least 1 of both")
         self.lanes, self.trained = lanes, trained
-        self.resting = [_Resting.pack(module, lanes, trained=trained) for module in modules]
-        size = max(rest.memory.nbytes for rest in self.resting)
-        self.slots = [_Slot(lanes.slot(size)) for _ in range(min(ring, len(modules)))]
-        for slot in self.slots:
-            slot.free = lanes.mark()
+        self.resting: list[_Resting] = []
+        self._stacks: list[range] = []
+        """Of each place, those of its model."""
+        self._visitors: dict[nn.Module, _Visitor] = {}
         self._forward, self._recomputed = False, False
         self._held: int | None = None
-        self._visitors = {block: _Visitor(self, block, place) for place, block in enumerate(blocks, len(inputs))}
-        for place, module in enumerate(inputs):
-            module.register_forward_pre_hook(partial(self._input_comes, place))
-            module.register_forward_hook(partial(self._input_goes, place), always_call=True)
-        if trained:
-            self._watch_gradients()
+        self.join(blocks, inputs)
+        size = max(rest.memory.nbytes for rest in self.resting)
+        self.slots = [_Slot(lanes.slot(size)) for _ in range(min(ring, count))]
+        for slot in self.slots:
+            slot.free = lanes.mark()
+
+    def join(self, blocks: Sequence[nn.Module], inputs: Sequence[nn.Module] = ()) -> None:
+        """Let the blocks of one more model, of the same sizes, visit the same slots."""
+        start = len(self.resting)
+        stack = range(start, start + len(inputs) + len(blocks))
+        for place, module in zip(stack, (*inputs, *blocks), strict=True):
+            self.resting.append(_Resting.pack(module, self.lanes, trained=self.trained))
+            self._stacks.append(stack)
+            if place < start + len(inputs):
+                module.register_forward_pre_hook(partial(self._input_comes, place))
+                module.register_forward_hook(partial(self._input_goes, place), always_call=True)
+            else:
+                self._visitors[module] = _Visitor(self, module, place)
+            if self.trained:
+                self.resting[place].watch_gradients()
 
     @property
     def host_bytes(self) -> int:
@@ -155,13 +168,14 @@ class BlockSwap:
 
     def _after(self, place: int) -> Iterator[int]:
         """The blocks in the order of their use from `place` on, in a forward pass."""
-        count = len(self.resting)
-        turn = range(count - 1, -1, -1) if torch.is_grad_enabled() else range(count)
-        return chain(range(place, count), turn)
+        stack = self._stacks[place]
+        turn = reversed(stack) if torch.is_grad_enabled() else iter(stack)
+        return chain(range(place, stack.stop), turn)
 
     def _before(self, place: int) -> Iterator[int]:
         """The same in a backward pass, and on into the next forward pass."""
-        return chain(range(place, -1, -1), range(place, len(self.resting)))
+        stack = self._stacks[place]
+        return chain(range(place, stack.start - 1, -1), range(place, stack.stop))
 
     def _announced(self, place: int, h: Any) -> Any:
         """What a block gave, `h`: backward holds the block before it comes to what made it."""
@@ -226,12 +240,6 @@ class BlockSwap:
         wanted = set(keep)
         return next((slot for slot in self.slots if not slot.users and slot.block not in wanted), None)
 
-    def _watch_gradients(self) -> None:
-        for rest in self.resting:
-            for tensor in rest.tensors:
-                if tensor.requires_grad:
-                    tensor.register_post_accumulate_grad_hook(rest.take_gradient)
-
 
 @dataclass
 class _Slot:
@@ -284,6 +292,12 @@ class _Resting:
                 if tensor.grad is not None:
                     self.gradients[tensor], tensor.grad = tensor.grad, None
                 tensor.data = view
+
+    def watch_gradients(self) -> None:
+        """From now on, bring every gradient of these tensors to the host."""
+        for tensor in self.tensors:
+            if tensor.requires_grad:
+                tensor.register_post_accumulate_grad_hook(self.take_gradient)
 
     def take_gradient(self, parameter: Tensor) -> None:
         """Add a gradient that backward has just made to that on the host."""
