@@ -10,8 +10,10 @@ from golden_data import TOLERANCE, distance, golden, manifest
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families import registry
 from musubi_tuner.families.base import Item
-from musubi_tuner.families.wan import keys, text, vae
+from musubi_tuner.families.wan import vae
 from musubi_tuner.families.wan.options import CacheTextEncoderOptions
+from musubi_tuner.nn.text.umt5 import TextConfig, clean_caption, empty_encoder
+from musubi_tuner.weights import umt5
 
 FAMILY = registry.get("wan")
 CPU = torch.device("cpu")
@@ -80,20 +82,20 @@ def test_every_published_vae_key_has_a_place_and_a_way_back():
     shapes = manifest("wan2_1_vae")
     with torch.device("meta"):
         model = vae.empty_vae(vae.VaeConfig())
-    renamed = {keys.vae_key(key, 2): shape for key, shape in shapes.items()}
+    renamed = {vae.vae_key(key, 2): shape for key, shape in shapes.items()}
     assert renamed == {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    assert [keys.original_vae_key(keys.vae_key(key, 2), 2) for key in shapes] == list(shapes)
+    assert [vae.original_vae_key(vae.vae_key(key, 2), 2) for key in shapes] == list(shapes)
 
 
 def test_every_published_text_encoder_key_has_a_place():
     shapes = manifest("wan_umt5_xxl_encoder")
-    config = text.TextConfig(256384, 4096, 4096, 10240, 64, 24)
+    config = TextConfig(256384, 4096, 4096, 10240, 64, 24)
     with torch.device("meta"):
-        model = text.empty_encoder(config)
+        model = empty_encoder(config)
     built = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     built.pop("encoder.embed_tokens.weight")  # the same tensor as shared.weight
-    assert {keys.text_key(key): shape for key, shape in shapes.items()} == built
-    assert keys.text_key("encoder.blocks.3.attn.q.weight") == keys.text_key("blocks.3.attn.q.weight")
+    assert {umt5.text_key(key): shape for key, shape in shapes.items()} == built
+    assert umt5.text_key("encoder.blocks.3.attn.q.weight") == umt5.text_key("blocks.3.attn.q.weight")
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +129,14 @@ def test_hidden_states_equal_the_fixture(umt5_file):
     case = golden("wan_umt5_a")
     mask = case.inputs["mask"].bool()
     with torch.no_grad():
-        model = load_umt5(umt5_file).model
+        model = load_umt5(umt5_file).text.model
         hidden = model(input_ids=case.inputs["ids"], attention_mask=case.inputs["mask"]).last_hidden_state
     assert distance(hidden[mask], case.outputs["hidden"][mask]) < TOLERANCE
 
 
 def test_a_repackaged_file_in_transformers_names_is_read(umt5_file, tmp_path):
     """Such files hold the embedding under two names, or the tokenizer beside the weights."""
-    renamed = {keys.text_key(key): tensor for key, tensor in golden("wan_umt5_a").weights.items()}
+    renamed = {umt5.text_key(key): tensor for key, tensor in golden("wan_umt5_a").weights.items()}
     more = {"encoder.embed_tokens.weight": renamed["shared.weight"].clone(), "spiece_model": torch.zeros(9).byte()}
     save_file(renamed | more, tmp_path / "umt5.safetensors")
     a = FAMILY.encode_condition([Item("w5 w6")], load_umt5(umt5_file))
@@ -145,7 +147,7 @@ def test_a_repackaged_file_in_transformers_names_is_read(umt5_file, tmp_path):
 
 
 def test_long_captions_are_cut_with_their_end_token_kept(umt5_file):
-    encoder = load_umt5(umt5_file)
+    encoder = load_umt5(umt5_file).text
     encoder.max_length = 5
     cut, same = encoder.encode(["w3 w4 w5 w6 w7 w8 w9", "w3 w4 w5 w6"])
     assert cut.shape[0] == 5
@@ -161,14 +163,14 @@ def test_features_are_cut_to_the_caption_and_do_not_depend_on_the_batch(umt5_fil
 
 
 def test_captions_are_cleaned_as_the_model_was_trained():
-    assert text.clean_caption("  a &amp;amp; b\n\tc ") == "a & b c"
+    assert clean_caption("  a &amp;amp; b\n\tc ") == "a & b c"
 
 
 @pytest.mark.shows("fp8_t5")
 def test_the_encoder_runs_in_fp8(umt5_file):
     full = FAMILY.encode_condition([Item("w5 w6 w7")], load_umt5(umt5_file))[0]["text"]
     encoder = load_umt5(umt5_file, fp8=True)
-    kinds = {name: p.dtype for name, p in encoder.model.state_dict().items()}
+    kinds = {name: p.dtype for name, p in encoder.text.model.state_dict().items()}
     assert kinds["encoder.block.0.layer.0.SelfAttention.q.weight"] == torch.float8_e4m3fn
     assert kinds["encoder.block.0.layer.1.DenseReluDense.wo.weight"] == torch.float8_e4m3fn
     assert kinds["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] == torch.float32

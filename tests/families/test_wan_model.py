@@ -2,13 +2,12 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from golden_data import TOLERANCE, distance, golden, manifest
+from golden_data import REFERENCE, TOLERANCE, distance, golden, manifest
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families import registry
 from musubi_tuner.families.wan.model import WanConfig, WanModel
@@ -17,8 +16,9 @@ from musubi_tuner.nn.checkpointing import checkpointed
 from musubi_tuner.nn.runner import direct
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
-from musubi_tuner.weights.reader import Header, TensorInfo, open_checkpoint
+from musubi_tuner.weights.reader import open_checkpoint
 from tiny_models import header_of as header_of_tiny
+from wan_files import PUBLISHED, header_of, to_diffusers
 
 FAMILY = registry.get("wan")
 
@@ -171,31 +171,6 @@ def test_diffusers_with_the_same_weights_agrees(model, case):
     assert distance(model(case.inputs["x"], case.inputs["t"], case.inputs["context"]), theirs) < TOLERANCE
 
 
-def to_diffusers(key: str) -> str:
-    """The key of diffusers' WanTransformer3DModel."""
-    for old, new in (
-        ("head.modulation", "scale_shift_table"),
-        ("head.head.", "proj_out."),
-        ("text_embedding.0.", "condition_embedder.text_embedder.linear_1."),
-        ("text_embedding.2.", "condition_embedder.text_embedder.linear_2."),
-        ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
-        ("time_embedding.2.", "condition_embedder.time_embedder.linear_2."),
-        ("time_projection.1.", "condition_embedder.time_proj."),
-        (".self_attn.", ".attn1."),
-        (".cross_attn.", ".attn2."),
-        (".modulation", ".scale_shift_table"),
-        (".norm3.", ".norm2."),
-        (".ffn.0.", ".ffn.net.0.proj."),
-        (".ffn.2.", ".ffn.net.2."),
-        (".q.", ".to_q."),
-        (".k.", ".to_k."),
-        (".v.", ".to_v."),
-        (".o.", ".to_out.0."),
-    ):
-        key = key.replace(old, new)
-    return key
-
-
 def test_a_file_in_diffusers_names_is_read(model):
     keys = list(model.state_dict())
     renamed = [to_diffusers(key) for key in keys]
@@ -205,16 +180,7 @@ def test_a_file_in_diffusers_names_is_read(model):
     assert (config.dim, config.ffn_dim, config.num_heads, config.num_layers) == (1536, 8960, 12, 30)
 
 
-def header_of(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str] | None = None) -> Header:
-    path = Path("wan.safetensors")
-    return Header(
-        tensors={key: TensorInfo(shape=shape, dtype=torch.bfloat16, file=path) for key, shape in shapes.items()},
-        metadata=metadata or {},
-        paths=(path,),
-    )
-
-
-@pytest.mark.parametrize("name", ["wan2_1_t2v_1_3b", "wan2_1_t2v_14b", "wan2_1_t2i_14b"])
+@pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_model_built_from_a_header_has_the_published_keys_and_shapes(name, prefix):
     shapes = manifest(name)
@@ -236,10 +202,13 @@ def test_sizes_that_shapes_cannot_tell_come_from_the_file_itself(case, tmp_path)
     assert given.text_len == 12
 
 
+ODD = {"patch_embedding.weight": (5120, 52, 1, 2, 2)}
+
+
 @pytest.mark.parametrize(
     ("shapes", "metadata", "message"),
     [
-        (manifest("wan2_1_i2v_14b"), {}, "takes 36 input channels"),
+        (manifest("wan2_1_t2v_14b") | ODD, {}, "takes 52 input channels and no picture features: this version runs"),
         (manifest("wan2_1_vae"), {}, "is not a Wan transformer: it has no patch_embedding.weight"),
         (manifest("flux_kontext_dev"), {}, "is not a Wan transformer"),
         (manifest("wan2_1_t2v_1_3b"), {"musubi.config": '{"heads": 3}'}, "heads is not a size of this model; use dim"),
@@ -261,7 +230,14 @@ def test_text_that_another_encoder_made_is_refused(model, case, shape):
 
 @pytest.mark.parametrize(
     ("name", "task", "right"),
-    [("wan2_1_t2v_1_3b", "t2v-14B", "t2v-1.3B"), ("wan2_1_t2v_14b", "t2v-1.3B", "t2v-14B or t2i-14B")],
+    [
+        ("wan2_1_t2v_1_3b", "t2v-14B", "t2v-1.3B"),
+        ("wan2_1_t2v_14b", "t2v-1.3B", "t2v-14B or t2i-14B or t2v-A14B"),
+        ("wan2_1_i2v_14b", "t2v-14B", "i2v-14B"),
+        ("wan2_2_i2v_a14b", "i2v-14B", "i2v-A14B"),
+        ("wan2_1_flf2v_14b", "i2v-14B", "flf2v-14B"),
+        ("wan2_1_t2v_1_3b_fc", "t2v-14B-FC", "t2v-1.3B-FC"),
+    ],
 )
 @pytest.mark.shows("task")
 def test_a_task_that_the_file_cannot_do_is_refused_with_the_one_it_can(name, task, right):
@@ -271,5 +247,14 @@ def test_a_task_that_the_file_cannot_do_is_refused_with_the_one_it_can(name, tas
     assert FAMILY.build_dit(header, None, ModelOptions(task=right.split()[0])).config.dim in (1536, 5120)
 
 
-def test_a_model_of_an_unusual_width_goes_with_any_task():
+@pytest.mark.parametrize(("name", "task"), PUBLISHED.items())
+def test_every_published_file_goes_with_its_task_and_has_its_fp8_targets(name, task):
+    header = header_of(manifest(name))
+    dit = FAMILY.build_dit(header, None, ModelOptions(task=task))
+    expected = json.loads((REFERENCE / "fp8_targets.json").read_text())["models"][name]
+    chosen = [key for key in dit.state_dict() if Fp8Policy(FAMILY.spec.fp8).selects(key)]
+    assert len(chosen) == expected["quantized_tensors"]
+
+
+def test_a_model_of_an_unusual_width_goes_with_any_task_of_its_kind():
     assert FAMILY.build_dit(header_of_tiny("wan"), None, ModelOptions(task="t2i-14B")).config.dim == 64

@@ -12,7 +12,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import parse
 from musubi_tuner.families import registry
 from musubi_tuner.memory import plan
-from musubi_tuner.sampling import generate, outputs
+from musubi_tuner.sampling import assembly, generate, outputs
 from swap_stand_in import StandIn
 
 GOLDEN = Path(__file__).parents[1] / "data" / "reference" / "golden"
@@ -145,8 +145,8 @@ def test_compiled_blocks_sample_the_same(run, monkeypatch, caplog):
     from torch._dynamo.utils import counters
 
     made = []
-    compiler = generate.compile_blocks
-    monkeypatch.setattr(generate, "compile_blocks", lambda *given: made.append(given[2]) or compiler(*given))
+    compiler = assembly.compile_blocks
+    monkeypatch.setattr(assembly, "compile_blocks", lambda *given: made.append(given[2]) or compiler(*given))
     words = ("--prompt", "a red seven", "--video_length", "1", "--output_type", "latent", "--attn_mode", "torch")
     plain = latents_of(run(*words, folder="plain"))
     assert made == []
@@ -159,7 +159,7 @@ def test_compiled_blocks_sample_the_same(run, monkeypatch, caplog):
     old = ("--compile", "--compile_args", "eager", "max-autotune-no-cudagraphs", "False", "True")
     with pytest.raises(UserError, match="True or False"):
         run(*words, *old[:-1], "yes", folder="b")
-    monkeypatch.setattr(generate, "compile_blocks", lambda _dit, _lists, settings: made.append(settings))
+    monkeypatch.setattr(assembly, "compile_blocks", lambda _dit, _lists, settings: made.append(settings))
     run(*words, *old, folder="c")
     run(*words, "--dynamo_backend", "EAGER", folder="d")
     run(*words, *old[1:], folder="e")

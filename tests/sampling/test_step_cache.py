@@ -7,6 +7,7 @@ import torch
 
 from golden_data import REFERENCE
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.families.base import MagRatios
 from musubi_tuner.sampling import models, pipeline
 from musubi_tuner.sampling.request import Request
 from musubi_tuner.sampling.step_cache import (
@@ -143,3 +144,32 @@ def test_each_branch_of_a_run_has_a_cache_of_its_own(toy):
             list(sampler.latents([request], prompts, progress=False))
         assert ran == calls * 2
     assert [len(rows) for rows in cache.found] == [3] * 4
+
+
+def test_a_second_transformer_begins_with_computed_steps_and_a_fresh_error():
+    """Ten steps of ratios 1, five by each: a share of 0.4 of each part's steps is computed first, and the last one."""
+    settings = MagCache((1.0,) * 10, retention=0.4, threshold=0.1, most=9)
+    alone = [Decisions(settings, settings.ratios) for _ in range(1)]
+    assert "".join("01"[alone[0].skip()] for _ in range(10)) == "0000111110"
+    two = Decisions(settings, settings.ratios, 5)
+    assert "".join("01"[two.skip()] for _ in range(10)) == "0011100110"
+    drifting = MagCache((1.0, 1.04, 1.04, 1.04, 1.04, 1.04, 1.04, 1.04), retention=0.01, threshold=0.2, most=9)
+    fresh = Decisions(drifting, drifting.ratios, 4)
+    assert "".join("01"[fresh.skip()] for _ in range(8)) == "01100110", "the error of the first does not count"
+
+
+def test_a_list_may_leave_the_whole_first_transformer_computed():
+    settings = MagCache((1.0,) * 10, retention=0.4, threshold=0.1, most=9, high_computed=True)
+    state = Decisions(settings, settings.ratios, 5)
+    assert "".join("01"[state.skip()] for _ in range(10)) == "0000000110"
+
+
+def test_branches_have_their_own_ratios_where_the_model_has_them():
+    own = MagRatios((1.0, 1.0, 1.0, 1.0), without=(1.0, 2.0, 2.0, 2.0))
+    cache = step_cache(StepCacheOptions(magcache_mag_ratios="0"), own)
+    with_prompt, without = (cache.run(4, branch=branch).decisions for branch in (0, 1))
+    assert "".join("01"[with_prompt.skip()] for _ in range(4)) == "0110"
+    assert "".join("01"[without.skip()] for _ in range(4)) == "0000"
+    given = step_cache(StepCacheOptions(magcache_mag_ratios="1,1,1,1"), own)
+    assert "".join("01"[given.run(4, branch=1).decisions.skip()] for _ in range(1)) == "0"
+    assert given.without is None

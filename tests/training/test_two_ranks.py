@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -95,8 +94,7 @@ def test_a_signal_to_one_process_ends_both(server, place, tmp_path, number, code
     """A process that is gone is told of and nobody waits for it; one that is asked to end takes the other with it."""
     out = tmp_path / "out"
     pids = server.pair(place, out, ["--max_train_steps", "400"])
-    while not (out / "losses.txt").exists() or not (out / "losses.txt").read_text():
-        time.sleep(0.01)
+    server.first_loss(out, *pids)
     os.kill(pids[1], number)
     assert [server.end(pid) for pid in pids] == codes, (out / "log.txt").read_text()
     log = (out / "log.txt").read_text()

@@ -38,6 +38,19 @@ class AdapterSet:
 
     def __init__(self, model: nn.Module, slots: Mapping[str, LoraLinear], key: DropoutKey) -> None:
         self._model, self._slots, self._key = model, dict(slots), key
+        self._shared: list[tuple[nn.Module, Mapping[str, LoraLinear]]] = []
+
+    def share(self, model: nn.Module) -> None:
+        """Put the same factors in the slots of another `model` of this architecture: both train and follow them.
+
+        Raises UserError where it lacks a module or has an adapter already.
+        """
+        known = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Fp8Linear)}
+        if missing := [path for path in self._slots if path not in known]:
+            raise UserError(f"the second transformer has no linear layer {some(missing)}: it is of another kind")
+        slots = {path: slot.beside(_base(model, path)) for path, slot in self._slots.items()}
+        _put(model, slots, self._key)
+        self._shared.append((model, slots))
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -85,7 +98,7 @@ class AdapterSet:
         missing = [path for path in self._slots if path not in found.modules]
         wrong = [*found.unmatched, *found.misfits, *missing]
         for path, factors in found.modules.items():
-            if factors.rank != self._slots[path].rank or factors.diff is not None or factors.diff_b is not None:
+            if factors.rank != self._slots[path].rank or factors.only_merges:
                 wrong.append(f"{path} (rank {factors.rank}, this adapter has {self._slots[path].rank})")
         if wrong:
             raise UserError(
@@ -94,6 +107,8 @@ class AdapterSet:
             )
         for path, factors in found.modules.items():
             _fill(self._slots[path], factors)
+            for _, slots in self._shared:
+                slots[path].alpha = self._slots[path].alpha
 
     def begin_step(self, seed: int, epoch: int, items: Sequence[int]) -> None:
         """Name the step whose dropout masks are drawn next. Needed only where some dropout is above 0."""
@@ -120,26 +135,33 @@ class AdapterSet:
 
     @multiplier.setter
     def multiplier(self, value: float) -> None:
-        for slot in self._slots.values():
+        for slot in self._everywhere():
             slot.multiplier = value
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The model without its adapters, for the length of a block."""
-        before = [slot.enabled for slot in self._slots.values()]
+        every = self._everywhere()
+        before = [slot.enabled for slot in every]
         try:
-            for slot in self._slots.values():
+            for slot in every:
                 slot.enabled = False
             yield
         finally:
-            for slot, enabled in zip(self._slots.values(), before, strict=True):
+            for slot, enabled in zip(every, before, strict=True):
                 slot.enabled = enabled
 
     def detach(self) -> None:
         """Put the base layers back. The set keeps its factors, so `state_dict` still works."""
-        for path, slot in self._slots.items():
-            if self._model.get_submodule(path) is slot:
-                set_module(self._model, path, slot.base)
+        for model, slots in ((self._model, self._slots), *self._shared):
+            for path, slot in slots.items():
+                if model.get_submodule(path) is slot:
+                    set_module(model, path, slot.base)
+        self._shared = []
+
+    def _everywhere(self) -> list[LoraLinear]:
+        """The modules in every model."""
+        return [*self._slots.values(), *(slot for _, slots in self._shared for slot in slots.values())]
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {path: (slot.out_features, slot.in_features) for path, slot in self._slots.items()}
@@ -198,7 +220,7 @@ def attach_tensors(
 ) -> AdapterSet:
     """Put the LoRA of a file beside the weights: targets, ranks and alphas are the file's own.
 
-    strict: what does not apply is an error, else one warning. Whole deltas (`.diff`) can only be merged.
+    strict: what does not apply is an error, else one warning. Whole deltas (`.diff`), LoHa and LoKr can only be merged.
     """
     linears = {
         path: (module.out_features, module.in_features)
@@ -207,9 +229,11 @@ def attach_tensors(
     }
     found = resolve(tensors, linears)
     require_applicable(found, label, linears, strict=strict)
-    whole = [path for path, f in found.modules.items() if f.down is None or f.diff is not None or f.diff_b is not None]
+    whole = [path for path, factors in found.modules.items() if factors.only_merges]
     if whole:
-        raise UserError(f"LoRA {label} holds whole deltas for {some(whole)}: merge it while loading instead")
+        raise UserError(
+            f"LoRA {label} holds whole deltas, LoHa or LoKr for {some(whole)}: merge it while loading instead"
+        )
     args = args or NetworkArgs()
     drops = Dropout(dropout or 0.0, args.rank_dropout, args.module_dropout)
     key = DropoutKey()

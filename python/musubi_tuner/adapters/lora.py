@@ -8,6 +8,7 @@ Dropout is keyed: a mask is a function of (seed, epoch, item, module), so gradie
 one, and a resumed or divided run draws the same numbers. `DropoutKey` holds the key of the step in progress.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ class LoraLinear(nn.Module):
             raise ValueError(f"{name}: rank {rank}; use 1 or more")
         self.name, self.rank, self.multiplier = name, rank, multiplier
         self.alpha = float(alpha) if alpha else float(rank)
-        self.base = base.requires_grad_(False)
+        self.base: Base = base.requires_grad_(False)
         self.dropout, self.key, self.enabled = dropout or Dropout(), key or DropoutKey(), True
         device = base.weight.device
         self.down = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=device))
@@ -130,6 +131,12 @@ class LoraLinear(nn.Module):
                 x, base.weight, base.scale_weight, base.bias, self.down, self.up, scale=scale, mask=mask
             )
         return lora_linear(x, base.weight, base.bias, self.down, self.up, scale=scale, mask=mask)
+
+    def beside(self, base: Base) -> "LoraLinear":
+        """This adapter in the slot of another layer of the same shape: the parameters are the same objects."""
+        twin = copy.copy(self)
+        twin._modules, twin._parameters = {"base": base.requires_grad_(False)}, dict(self._parameters)
+        return twin
 
     def delta(self) -> Tensor:
         """What merging adds to the weight: float32 `[out, in]`."""

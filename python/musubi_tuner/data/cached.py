@@ -30,6 +30,8 @@ class CachedItem:
     shape: tuple[int, int, int]
     """Frames, height, width of the latents: only equal shapes share a batch."""
     has_control: bool = False
+    fields: frozenset[str] = frozenset()
+    """Fields of the latent cache."""
 
 
 @dataclass
@@ -179,4 +181,5 @@ def _item(dataset: DatasetSpec, latent: Path, text: Path, header: CacheHeader, s
     shape: Sequence[int] = next(header.shapes[key] for key, item in found.items() if item.name == "latents")
     frames, height, width = (1, *shape[1:]) if len(shape) == 3 else shape[1:]
     has_control = any(item.field.name == controls.FIELD for item in found.values())
-    return CachedItem(dataset, latent, text, (frames, height, width), has_control)
+    names = frozenset(item.name for item in found.values())
+    return CachedItem(dataset, latent, text, (frames, height, width), has_control, names)

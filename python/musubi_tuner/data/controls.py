@@ -35,12 +35,12 @@ def most(spec: FamilySpec) -> int | None:
     fields = [field for field in spec.cache_fields if field.name == FIELD]
     if not fields:
         return None if spec.reads_controls else 0
-    return None if fields[0].numbered else 1
+    return None if fields[0].numbered or spec.reads_controls else 1
 
 
 def cached(spec: FamilySpec) -> bool:
     """Whether a latent cache has a field for each control."""
-    return any(field.name == FIELD for field in spec.cache_fields)
+    return not spec.reads_controls and any(field.name == FIELD for field in spec.cache_fields)
 
 
 def required(spec: FamilySpec) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from musubi_tuner.config.guidance_steps import GuidanceSteps
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.weights.reader import Header
 
@@ -93,6 +94,16 @@ class SamplingDefaults:
     """Width, height in pixels."""
     frames: int = 81
     fps: int = 16
+    boundary: float | None = None
+    """Of a model of two experts: the t from which on the one for high noise predicts."""
+    guidance_high: float | None = None
+    """Guidance where that one predicts."""
+    shifts: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    """Shifts of pictures of certain sizes (width, height), in place of `shift`."""
+
+    def shift_of(self, width: int, height: int) -> float | None:
+        """The shift at this size, whichever way it is turned."""
+        return self.shifts.get((width, height), self.shifts.get((height, width), self.shift))
 
 
 @dataclass(frozen=True)
@@ -126,9 +137,9 @@ class FamilySpec:
     """Frame rate that training clips are brought to."""
     resolution_step: int = 16
     takes_pictures: tuple[str, ...] = ()
-    """Pictures that a request may come with, by role: `start`, `end`, `control`."""
+    """What a request may come with, by role: the pictures `start`, `end`, `control`, and a clip, `control_clip`."""
     reads_controls: bool = False
-    """Whether items' controls are encoded though no cache field is named `control`."""
+    """Whether items' controls are encoded, any number of them, though no cache field named `control` says so."""
     control_masks: bool = False
     """Whether the opacity of a control says what of it counts (`Item.masks`)."""
     dataset_keys: tuple[str, ...] = ()
@@ -147,7 +158,7 @@ class Item:
     pixels: `[C, F, H, W]` float32 in [-1, 1], already cropped to its bucket; several target pictures of one item lie
     on F. controls: same layout, any sizes.
     masks: where the spec has `control_masks`, of each control `[1, F, H, W]` float32 in [0, 1], None for an opaque one.
-    roles: of a request, what each control is: `start`, `end` or `control`.
+    roles: of a request, what each control is: `start`, `end`, `control`, or `control_clip` of its length.
     said: what the dataset file says to this family alone, by its `dataset_keys`, lists as tuples; of a request, what
     its prompt line says to it.
     """
@@ -255,12 +266,13 @@ class Family(Protocol):
 class Tools:
     """What a family that samples in its own way is handed for one request.
 
-    denoise: noise `[C, F, H, W]` and the fields of this run (they join the text's) -> latents of that shape, float32 on
-    the CPU; schedule, solver, guidance and step cache are bound already, and begin anew in each call.
+    denoise: noise `[C, F, H, W]`, the fields of this run (they join the text's) and which of the request's texts it is
+    told -> latents of that shape, float32 on the CPU; schedule, solver, guidance and step cache are bound already, and
+    begin anew in each call.
     draw: standard normal numbers of a shape, from the request's seed, one after the other.
     """
 
-    denoise: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    denoise: Callable[[Tensor, Mapping[str, Tensor], str], Tensor]
     draw: Callable[[Sequence[int]], Tensor]
 
 
@@ -271,9 +283,13 @@ class OwnSampling(Protocol):
     def plan(self, options: Any, values: Mapping[str, Any], said: Mapping[str, str]) -> Mapping[str, Any]:
         """Values of a request (`frames`, `shift`, `solver`, ...) in place of `values`, where None means not given.
 
-        options: the family's first own group of the command. said: what the prompt's entry says to this family alone.
-        Raises UserError for what cannot be made.
+        options: the family's first own group of the command. said: what the prompt's entry says to this family alone;
+        `said` among the values returned joins it. Raises UserError for what cannot be made.
         """
+        ...
+
+    def texts(self, prompt: str) -> Sequence[str]:
+        """The texts that a prompt holds, one for each part of what is sampled; most hold one, themselves."""
         ...
 
     def generate(self, options: Any, item: Item, pictures: Mapping[str, Tensor], tools: Tools) -> Tensor:
@@ -281,10 +297,65 @@ class OwnSampling(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class HighNoise:
+    """A second transformer, for t from `boundary` on, and what is asked for it alone.
+
+    path: its checkpoint. offload: whichever does not predict rests on the CPU. lazy: it is not even loaded.
+    lora_weight, lora_multiplier: adapters to merge into it, in generation. guidance: where it predicts.
+    """
+
+    path: str
+    boundary: float
+    offload: bool = False
+    lazy: bool = False
+    lora_weight: tuple[str, ...] = ()
+    lora_multiplier: tuple[float, ...] = ()
+    guidance: float | None = None
+
+
+@runtime_checkable
+class HasExperts(Protocol):
+    """The call of a family with models of two transformers that share the noise levels (`nn.experts`)."""
+
+    def high_noise(self, options: Any) -> HighNoise | None:
+        """The second transformer that `options`, the family's group of the model, name; None: there is one alone.
+
+        Raises UserError for what cannot go together.
+        """
+        ...
+
+    def without_effect(self, options: Any) -> Sequence[str]:
+        """A sentence for each of these options that was given and changes nothing."""
+        ...
+
+
+@runtime_checkable
+class HasGuidanceSteps(Protocol):
+    """The call of a family whose command has options of this kind."""
+
+    def guidance_steps(self, options: Any) -> GuidanceSteps:
+        """What `options`, the family's group of the model, ask for. Raises UserError for what cannot be."""
+        ...
+
+
+@dataclass(frozen=True)
+class MagRatios:
+    """Measured ratios, one a step. without: of the branch without the prompt, where they differ.
+
+    high_computed: every step of the transformer for high noise is computed.
+    """
+
+    ratios: tuple[float, ...]
+    without: tuple[float, ...] | None = None
+    high_computed: bool = False
+
+
 @runtime_checkable
 class HasMagRatios(Protocol):
     """The call of a family whose change of the blocks from step to step was measured (`sampling.step_cache`)."""
 
-    def mag_ratios(self, options: Any) -> tuple[float, ...]:
-        """The ratios of the model that the family's first own group asks for, one a step."""
+    def mag_ratios(self, options: Any, model: Any = None) -> tuple[float, ...] | MagRatios | None:
+        """The ratios of the model that the family's own groups, the first and that of the model, ask for, one a step;
+        None: this one was not measured."""
         ...

@@ -22,6 +22,7 @@ from musubi_tuner.config.options import option
 from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.lanes import Lanes, has_lanes, lanes_for
 from musubi_tuner.nn.compiling import CompileSettings
+from musubi_tuner.nn.experts import transformers
 from musubi_tuner.nn.runner import Run, direct
 
 log = logging.getLogger(__name__)
@@ -86,8 +87,12 @@ class MemoryPlan:
         """Modules whose tensors the loader leaves in host memory."""
         return (*self.inputs, *self.blocks)
 
-    def install(self, dit: nn.Module) -> BlockSwap | None:
-        """Begin to swap in a model that is loaded, and has its adapter; tells the sizes. None: there is nothing to."""
+    def install(self, dit: nn.Module) -> tuple[BlockSwap, ...]:
+        """Begin to swap in a model that is loaded, and has its adapter, or in both of two experts; tells the sizes."""
+        found = [self._install(part) for part in transformers(dit)]
+        return tuple(swap for swap in found if swap is not None)
+
+    def _install(self, dit: nn.Module) -> BlockSwap | None:
         if self.lanes is None or not self.host:
             return None
         inputs = [dit.get_submodule(path) for path in self.inputs]
@@ -129,12 +134,19 @@ def plan_memory(
     *,
     trained: bool = False,
     compiling: CompileSettings | None = None,
+    moves: str | None = None,
 ) -> MemoryPlan:
     """The plan of `chosen` for a model whose block lists are `lists`, on `device`.
 
     inputs: of its modules, those that `img_in_txt_in_offloading` means. trained: all weights are.
-    compiling: how the blocks are compiled. Raises UserError for more blocks than can rest, and for CUDA graphs.
+    compiling: how the blocks are compiled. moves: an option by which whole transformers come and go.
+    Raises UserError for more blocks than can rest, for CUDA graphs and for `moves`.
     """
+    if chosen.any and moves is not None and has_lanes(device):
+        raise UserError(
+            f"blocks_to_swap = {chosen.blocks_to_swap} and {moves} both move weights: leave {moves} out; the blocks of "
+            "both transformers are swapped"
+        )
     if chosen.blocks_to_swap and compiling is not None and compiling.captures:
         raise UserError(
             f"blocks_to_swap = {chosen.blocks_to_swap} moves weights from slot to slot, and CUDA graphs "
@@ -184,6 +196,9 @@ def most_swapped(lengths: Sequence[int]) -> int:
     return max(2 * (large - 1), 2 * ((small - 1) // 2) - 1, min(small - 1, 1))
 
 
-def swapped(swap: BlockSwap | None, inner: Run = direct, *, recomputed: bool = False) -> Run:
-    """`inner` with the blocks of `swap`, if there are any; see `BlockSwap.run`."""
-    return inner if swap is None else swap.run(inner, recomputed=recomputed)
+def swapped(swaps: Sequence[BlockSwap], inner: Run = direct, *, recomputed: bool = False) -> Run:
+    """`inner` with the blocks of `swaps`, if there are any; see `BlockSwap.run`. Of two experts a pass meets the blocks
+    of one."""
+    for swap in swaps:
+        inner = swap.run(inner, recomputed=recomputed)
+    return inner

@@ -18,6 +18,7 @@ from torch import nn
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.fields import nearest
 from musubi_tuner.config.options import option
+from musubi_tuner.nn.experts import transformers
 
 log = logging.getLogger(__name__)
 
@@ -133,12 +134,12 @@ def known_backend(name: str) -> str:
 
 
 def compile_blocks(dit: nn.Module, lists: Sequence[str], settings: CompileSettings) -> int:
-    """Compile every block in the lists of `dit` that `lists` names, in place; returns their number."""
+    """Compile every block in the lists of `dit` that `lists` names, of two experts in both, in place; their number."""
     from torch import _dynamo
 
     if settings.cache_size_limit is not None:
         _dynamo.config.recompile_limit = settings.cache_size_limit
-    blocks = [block for name in lists for block in dit.get_submodule(name).children()]
+    blocks = [block for part in transformers(dit) for name in lists for block in part.get_submodule(name).children()]
     for block in blocks:
         block.compile(
             backend=settings.backend,

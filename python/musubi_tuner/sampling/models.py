@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.families.base import Dit, Encoders, Family
+from musubi_tuner.families.base import Dit, Encoders, Family, HighNoise, OwnSampling
 from musubi_tuner.memory.placement import release
 from musubi_tuner.nn.attention import set_mode
+from musubi_tuner.nn.experts import Experts, Rest
 from musubi_tuner.sampling.request import Request
 from musubi_tuner.weights.load import Delta, Merge, materialize
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
@@ -27,23 +29,31 @@ from musubi_tuner.weights.reader import open_checkpoint
 
 log = logging.getLogger(__name__)
 
+OpenOne = Callable[[str, Sequence[Merge]], "OpenDit"]
+"""Opens a checkpoint with adapters to merge."""
+
 Prompts = Mapping[str, Mapping[str, Tensor]]
 """The condition of every prompt by its text, as the family's `encode_condition` makes it, on the CPU."""
 
 
-def captions(requests: Iterable[Request]) -> list[str]:
-    """The distinct texts that `requests` need, in order; negatives only where guidance uses them."""
-    texts = [text for r in requests for text in ((r.prompt, r.negative) if r.guided else (r.prompt,))]
-    return list(dict.fromkeys(texts))
+def captions(family: Family, requests: Iterable[Request]) -> dict[str, Request]:
+    """The distinct texts that `requests` need, in order, each with the first that does; negatives only where guidance
+    uses them."""
+    found: dict[str, Request] = {}
+    for request in requests:
+        texts = family.texts(request.prompt) if isinstance(family, OwnSampling) else (request.prompt,)
+        for text in (*texts, request.negative) if request.guided else texts:
+            found.setdefault(text, request)
+    return found
 
 
 @torch.no_grad()
 def encode(family: Family, encoders: Encoders, requests: Sequence[Request], *, progress: bool = True) -> Prompts:
     """Conditions of every text in `requests`, by loaded encoders."""
     found: dict[str, Mapping[str, Tensor]] = {}
-    wanted = captions(requests)
-    for text in tqdm(wanted, desc="encoding prompts", unit="prompt", disable=not progress or len(wanted) < 4):
-        owner = next(r for r in requests if text in (r.prompt, r.negative))
+    wanted = captions(family, requests)
+    bar = tqdm(wanted.items(), desc="encoding prompts", unit="prompt", disable=not progress or len(wanted) < 4)
+    for text, owner in bar:
         entry = family.encode_condition([owner.item(text)], encoders)[0]
         found[text] = {name: tensor.cpu() for name, tensor in entry.items()}
     return found
@@ -119,12 +129,28 @@ class OpenDit:
     dit: Dit
     merges: tuple[Merge, ...]
 
+    @property
+    def boundary(self) -> float | None:
+        """The t from which on another transformer predicts; None: none does."""
+        return None
+
+    @property
+    def moves(self) -> str | None:
+        """The option by which whole transformers come and go."""
+        return None
+
     def load(
-        self, policy: WeightPolicy, device: torch.device, *, host: Sequence[str] = (), progress: bool = True
+        self,
+        policy: WeightPolicy,
+        device: torch.device,
+        *,
+        host: Sequence[str] = (),
+        progress: bool = True,
+        prepare: Callable[[Dit], None] | None = None,
     ) -> Dit:
         """Fill the transformer, adapters merged before quantisation; in evaluation mode. Call it once.
 
-        host: paths of modules whose weights stay in host memory.
+        host: paths of modules whose weights stay in host memory. prepare: done to the filled transformer.
         """
         with open_checkpoint(self.path) as checkpoint:
             report = materialize(
@@ -138,7 +164,71 @@ class OpenDit:
                 progress=progress,
             )
         log.info("%s: %s", self.path, report.summary())
+        if prepare is not None:
+            prepare(self.dit)
         return self.dit.eval()
+
+
+@dataclass
+class OpenExperts:
+    """Two transformers whose files have been looked at; loaded as one that chooses by noise level (`nn.experts`).
+
+    `dit`, `family` and `path` are those of the one for low noise, like everything that is asked of a model before.
+    """
+
+    low: OpenDit
+    high: OpenDit
+    plan: HighNoise
+    again: Callable[[OpenDit], OpenDit]
+    """Opens the file of an expert once more."""
+
+    @property
+    def boundary(self) -> float | None:
+        return self.plan.boundary
+
+    @property
+    def moves(self) -> str | None:
+        return "lazy_loading" if self.plan.lazy else "offload_inactive_dit" if self.plan.offload else None
+
+    @property
+    def family(self) -> Family:
+        return self.low.family
+
+    @property
+    def path(self) -> str:
+        return self.low.path
+
+    @property
+    def dit(self) -> Dit:
+        return self.low.dit
+
+    def load(
+        self,
+        policy: WeightPolicy,
+        device: torch.device,
+        *,
+        host: Sequence[str] = (),
+        progress: bool = True,
+        prepare: Callable[[Dit], None] | None = None,
+    ) -> Dit:
+        """Both, or with `plan.lazy` each when it is needed; `prepare` is done to each that is loaded."""
+        rest: Rest = "nowhere" if self.plan.lazy else "device"
+        if self.plan.offload and not self.plan.lazy:
+            if device.type == "cpu":
+                log.warning("offload_inactive_dit has no effect: the model computes on the CPU")
+            else:
+                rest = "cpu"
+
+        def load(opened: OpenDit) -> Dit:
+            """One expert; `opened` itself stays empty where its weights are to be forgotten."""
+            source = self.again(opened) if self.plan.lazy else opened
+            return source.load(policy, device, host=host, progress=progress, prepare=prepare)
+
+        loads = partial(load, self.low), partial(load, self.high)
+        return Experts(*loads, boundary=self.plan.boundary, device=device, rest=rest).eval()
+
+
+Opened = OpenDit | OpenExperts
 
 
 def open_dit(
@@ -161,3 +251,19 @@ def open_dit(
     set_mode(dit, attn_mode, split=split_attn)
     shapes = {name: tuple(tensor.shape) for name, tensor in dit.state_dict().items()}
     return OpenDit(family, path, dit, tuple(_Bound(merge.bind(shapes)) for merge in merges))
+
+
+def open_experts(low: OpenDit, plan: HighNoise, merges: Sequence[Merge], open_one: OpenOne) -> OpenExperts:
+    """Open the transformer for high noise beside `low`, with its adapters. Raises UserError as `open_dit`, and for two
+    that are not of one kind.
+
+    open_one: opens a file with these merges as `low` was opened.
+    """
+    high = open_one(plan.path, merges)
+    shapes = [{name: tensor.shape for name, tensor in opened.dit.state_dict().items()} for opened in (low, high)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"{low.path} and {high.path} are not two experts of one model: their tensors differ; give the files for "
+            "low noise and for high noise of the same model"
+        )
+    return OpenExperts(low, high, plan, lambda opened: open_one(opened.path, opened.merges))

@@ -7,9 +7,8 @@ have one size; what a request gives does not depend on its neighbours but for th
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import groupby
+from dataclasses import dataclass, field, replace
+from itertools import count, groupby
 from typing import Any
 
 import torch
@@ -17,25 +16,32 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.config.guidance_steps import GuidanceSteps
 from musubi_tuner.families.base import Conditioning, Dit, Family, OwnSampling, Tools, Vae
 from musubi_tuner.flow import solvers
 from musubi_tuner.flow.schedules import Schedule
 from musubi_tuner.flow.solvers import Solve, Velocity
+from musubi_tuner.nn.experts import Experts
 from musubi_tuner.nn.runner import Run, direct
-from musubi_tuner.sampling.guidance import Branch, classifier_free, classifier_free_joint, on_device
+from musubi_tuner.sampling import source_video
+from musubi_tuner.sampling.guidance import (
+    Branch,
+    Guide,
+    classifier_free,
+    classifier_free_joint,
+    guide_of,
+    on_device,
+    without_blocks,
+)
 from musubi_tuner.sampling.models import Prompts
 from musubi_tuner.sampling.outputs import to_bytes
-from musubi_tuner.sampling.pictures import Pictures
+from musubi_tuner.sampling.pictures import KEPT, Pictures
 from musubi_tuner.sampling.request import Request, initial_noise
 from musubi_tuner.sampling.step_cache import StepCache
 
 
 def _direct() -> Run:
     return direct
-
-
-def _cached(cache: StepCache, steps: int, make_run: Callable[[], Run]) -> Run:
-    return cache.run(steps, make_run())
 
 
 @torch.no_grad()
@@ -48,7 +54,7 @@ def denoise(
     *,
     schedule: Schedule,
     solver: Solve,
-    guidance: float = 1.0,
+    guidance: float | Guide = 1.0,
     both: Conditioning | None = None,
     make_run: Callable[[], Run] = _direct,
     dtype: torch.dtype | None = None,
@@ -57,7 +63,8 @@ def denoise(
     """Latents [B, C, F, H, W] float32 at sigma = 0, from `noise` of that shape, on its device.
 
     Args:
-        cond, uncond: conditionings of the B samples; `uncond` is needed when `guidance` is not 1.
+        cond, uncond: conditionings of the B samples; `uncond` is needed when `guidance`, a scale or a whole plan of
+            them, is not 1.
         both: conditioning of 2B samples, `cond`'s first: guidance then takes one call per step in place of two.
         make_run: makes the way of running the blocks of each branch, so that a step cache begins anew in each.
         dtype: compute dtype (autocast); None leaves it to the weights.
@@ -66,15 +73,19 @@ def denoise(
     Raises ValueError when guidance has no second branch.
     """
 
-    def branch(conditioning: Conditioning) -> Velocity:
-        return Branch(family, dit, on_device(conditioning, noise.device), make_run(), dtype)
+    guide = guidance if isinstance(guidance, Guide) else Guide((guidance,) * len(schedule))
 
-    if guidance == 1.0:
+    def branch(conditioning: Conditioning, run: Run | None = None) -> Velocity:
+        return Branch(family, dit, on_device(conditioning, noise.device), run or make_run(), dtype)
+
+    if not guide.guided:
         velocity = branch(cond)
     elif both is not None:
-        velocity = classifier_free_joint(branch(both), guidance)
+        velocity = classifier_free_joint(branch(both), guide)
     elif uncond is not None:
-        velocity = classifier_free(branch(cond), branch(uncond), guidance)
+        pair = branch(cond), branch(uncond)
+        lesser = branch(uncond if guide.in_uncond else cond, without_blocks(guide.layers)) if guide.skipping else None
+        velocity = classifier_free(*pair, guide, lesser)
     else:
         raise ValueError(f"guidance {guidance} needs a conditioning without the prompt (uncond or both)")
     with tqdm(total=len(schedule), desc=progress, unit="step", disable=progress is None, leave=None) as bar:
@@ -91,6 +102,7 @@ class Sampler:
 
     joint: guidance by one call of twice the batch; faster where a model is small for its device, for more memory.
     options: the family's own, for one that samples in its own way. cache: of steps, fresh for each branch of each run.
+    steps: guidance in some steps only, or with blocks left out.
     """
 
     family: Family
@@ -101,6 +113,7 @@ class Sampler:
     joint: bool = False
     options: Any = None
     cache: StepCache | None = None
+    steps: GuidanceSteps = field(default_factory=GuidanceSteps)
 
     def latents(
         self,
@@ -133,21 +146,26 @@ class Sampler:
         self, group: Sequence[Request], prompts: Prompts, pictures: Pictures, label: str | None
     ) -> list[Tensor]:
         """Latents of requests that differ in prompt and seed only."""
-        first, seen = group[0], [pictures.get(r, {}) for r in group]
+        first, seen = group[0], [dict(pictures.get(r, {})) for r in group]
+        clips = [found.pop("video") for found in seen] if first.video else []
+        kept = [found.pop(KEPT).tolist() if KEPT in found else None for found in seen]
         with_prompt = [{**_entry(r, prompts[r.prompt]), **p} for r, p in zip(group, seen, strict=True)]
         without = [{**_entry(r, prompts[r.negative]), **p} for r, p in zip(group, seen, strict=True) if first.guided]
-        noise = torch.stack([initial_noise(r, self.family.spec) for r in group])
-        return list(self._denoised(first, noise, with_prompt, without, label))
+        frames = [None if of is None else of[0] for of in kept]
+        noise = torch.stack([initial_noise(r, self.family.spec, n) for r, n in zip(group, frames, strict=True)])
+        begin = torch.stack(clips) if clips else None
+        found = self._denoised(first, noise, with_prompt, without, label, begin=begin)
+        return [x if of is None else x[:, of[1] : of[1] + 1] for x, of in zip(found, kept, strict=True)]
 
     def _by_family(
         self, family: OwnSampling, request: Request, prompts: Prompts, pictures: Pictures, label: str | None
     ) -> Tensor:
         """Latents of a request whose family has a loop of its own around `denoise`."""
         draws = torch.Generator().manual_seed(request.seed)
-        with_prompt = _entry(request, prompts[request.prompt])
         without = [_entry(request, prompts[request.negative])] if request.guided else []
 
-        def part(noise: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        def part(noise: Tensor, fields: Mapping[str, Tensor], text: str) -> Tensor:
+            with_prompt = _entry(request, prompts[text])
             texts = [{**with_prompt, **fields}], [{**entry, **fields} for entry in without]
             return self._denoised(request, noise[None], *texts, label)[0]
 
@@ -161,12 +179,19 @@ class Sampler:
         with_prompt: Sequence[Mapping[str, Tensor]],
         without: Sequence[Mapping[str, Tensor]],
         label: str | None,
+        *,
+        begin: Tensor | None = None,
     ) -> Tensor:
-        """Latents of `noise: [B, C, F, H, W]` by the settings of `first`, on the CPU."""
-        solver, collate, joint = solvers.get(first.solver), self.family.collate, self.joint and first.guided
-        cache, make_run = self.cache, self.make_run
-        if cache is not None:
-            make_run = partial(_cached, cache, first.steps, make_run)
+        """Latents of `noise: [B, C, F, H, W]` by the settings of `first`, on the CPU.
+
+        begin: latents of clips to begin from, of that shape.
+        """
+        solver, collate = solvers.get(first.solver), self.family.collate
+        schedule = solver.schedule(first.steps, first.shift)
+        if begin is not None:
+            schedule = schedule.last(source_video.steps_left(first.steps, first.strength))
+            noise = source_video.begin(begin, noise, schedule)
+        guide, joint = self._guide(first, schedule), self.joint and first.guided and self.steps == GuidanceSteps()
         with evaluating(self.dit):
             return denoise(
                 self.family,
@@ -174,14 +199,34 @@ class Sampler:
                 noise.to(self.device),
                 collate(with_prompt),
                 collate(without) if without and not joint else None,
-                schedule=solver.schedule(first.steps, first.shift),
+                schedule=schedule,
                 solver=solver.solve,
-                guidance=first.guidance,
+                guidance=guide,
                 both=collate([*with_prompt, *without]) if joint else None,
-                make_run=make_run,
+                make_run=self._make_run(schedule),
                 dtype=self.dtype,
                 progress=label,
             ).cpu()
+
+    def _guide(self, first: Request, schedule: Schedule) -> Guide:
+        """Guidance by step: of two experts each has its own. A step cache counts calls, so it sees all of them."""
+        high = self._high_steps(schedule)
+        scales = [first.guidance_high if high_now else first.guidance for high_now in high]
+        told = [first.guidance if scale is None else scale for scale in scales]
+        return guide_of(self.steps, told, every=self.cache is not None, rescale=first.rescale)
+
+    def _make_run(self, schedule: Schedule) -> Callable[[], Run]:
+        """Ways of running the blocks, the branch with the prompt first."""
+        cache, inner = self.cache, self.make_run
+        if cache is None:
+            return inner
+        branches, switch = count(), sum(self._high_steps(schedule))
+        return lambda: cache.run(len(schedule), inner(), branch=next(branches), switch=switch)
+
+    def _high_steps(self, schedule: Schedule) -> list[bool]:
+        """The steps in which the transformer for high noise predicts."""
+        boundary = self.dit.boundary if isinstance(self.dit, Experts) else None
+        return [boundary is not None and t >= boundary for t in schedule.times.tolist()]
 
 
 @torch.no_grad()

@@ -45,6 +45,8 @@ class PromptEntry:
     image: str | None = None
     end_image: str | None = None
     control_images: tuple[str, ...] | None = None
+    control_masks: tuple[str, ...] | None = None
+    control: str | None = None
     said: Mapping[str, str] = field(default_factory=dict)
     unserved: tuple[str, ...] = ()
 
@@ -74,12 +76,16 @@ LINE_OPTIONS: Mapping[str, str] = {
     "i": "image",
     "ei": "end_image",
     "ci": "control_images",
+    "cim": "control_masks",
+    "cn": "control",
 }
-"""Options of a line, by the field they set; `l` is the scale of classifier-free guidance, `ci` may come repeatedly."""
+"""Options of a line, by the field they set; `l` is the scale of classifier-free guidance."""
+_LISTS = ("ci", "cim")
+"""Options that may come repeatedly."""
 
 LINE_SAID = ("of", "vs")
 """Options that a family may understand: one-frame settings, number of sections."""
-LINE_UNSERVED = ("im", "cn", "cim", "m", "mcrr", "mct", "mck")
+LINE_UNSERVED = ("im", "m", "mcrr", "mct", "mck")
 
 TABLE_KEYS: Mapping[str, str] = {
     "prompt": "prompt",
@@ -96,17 +102,15 @@ TABLE_KEYS: Mapping[str, str] = {
     "image_path": "image",
     "end_image_path": "end_image",
     "control_image_path": "control_images",
+    "control_image_mask_path": "control_masks",
+    "control_video_path": "control",
 }
 """Keys of a TOML or JSON entry."""
 
 TABLE_SAID: Mapping[str, str] = {"one_frame": "of", "video_sections": "vs"}
 """Further keys, by the option of a line that they stand for."""
 
-TABLE_UNSERVED = (
-    "enum",
-    "control_video_path",
-    "control_image_mask_path",
-)
+TABLE_UNSERVED = ("enum",)
 
 _WHOLE = ("width", "height", "frames", "fps", "seed", "steps")
 
@@ -132,7 +136,7 @@ def parse_line(line: str, where: str = "prompt") -> PromptEntry:
     prompt, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line.strip())
     found: dict[str, str] = {}
     said: dict[str, str] = {}
-    controls: list[str] = []
+    lists: dict[str, list[str]] = {}
     unserved = []
     for option in options:
         name, _, value = option.strip().partition(" ")
@@ -145,13 +149,13 @@ def parse_line(line: str, where: str = "prompt") -> PromptEntry:
             raise UserError(f"{where}: --{name} needs a value")
         elif name in LINE_SAID:
             said[name] = value.strip()
-        elif name == "ci":
-            controls.append(value.strip())
+        elif name in _LISTS:
+            lists.setdefault(LINE_OPTIONS[name], []).append(value.strip())
         else:
             found[name] = value.strip()
     values = {LINE_OPTIONS[n]: _value(LINE_OPTIONS[n], v, f"{where}: --{n}") for n, v in _in_order(found, LINE_OPTIONS)}
-    pictures = tuple(controls) or None
-    return PromptEntry(prompt.strip(), where, control_images=pictures, said=said, unserved=tuple(unserved), **values)
+    values |= {field: tuple(paths) for field, paths in lists.items()}
+    return PromptEntry(prompt.strip(), where, said=said, unserved=tuple(unserved), **values)
 
 
 def _lines(name: str, text: str) -> list[PromptEntry]:
@@ -202,12 +206,12 @@ def _in_order(found: Mapping[str, Any], known: Mapping[str, str]) -> list[tuple[
 
 def _value(field: str, value: Any, where: str) -> Any:
     """`value` as the field's type. Raises UserError."""
-    if field == "control_images":
+    if field in ("control_images", "control_masks"):
         paths = (value,) if isinstance(value, str) else value
         if isinstance(paths, (list, tuple)) and all(isinstance(path, str) for path in paths):
             return tuple(paths)
         raise UserError(f"{where} = {value!r}: must be the path of a picture, or a list of them")
-    if field in ("prompt", "negative", "image", "end_image"):
+    if field in ("prompt", "negative", "image", "end_image", "control"):
         if isinstance(value, str):
             return value
         raise UserError(f"{where} = {value!r}: must be text")

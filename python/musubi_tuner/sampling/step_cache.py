@@ -5,7 +5,8 @@
 How much the change grows from step to step, the ratio m_i of its mean norms, is nearly the same for every prompt of a
 model. While steps are skipped the product r of the ratios drifts from 1; the error e is the sum of |1 - r|. A step is
 skipped while e stays below a threshold and no more than k follow one another; else it is computed and r, e begin anew.
-The first steps (a share of all, one at least) and the last are always computed. Embedding and head always run.
+The first steps (a share of all, one at least) and the last are always computed. Embedding and head always run. Where a
+second transformer takes over on the way, its first steps are computed likewise, and r, e begin anew there.
 
 A cache is a way of running the blocks (`nn.runner.Run`) of one branch in one run of denoising: it counts its calls.
 Source: Ma et al. 2025 (MagCache).
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import option
+from musubi_tuner.families.base import MagRatios
 from musubi_tuner.nn.runner import Run, direct
 
 log = logging.getLogger(__name__)
@@ -45,16 +47,22 @@ class StepCacheOptions:
 
 @dataclass(frozen=True)
 class MagCache:
-    """The settings of a cache. ratios: of the steps that it was calibrated with, the first of them 1."""
+    """The settings of a cache. ratios: of the steps that it was calibrated with, the first of them 1.
+
+    without: those of further branches, where they differ. high_computed: no step before a switch is skipped.
+    """
 
     ratios: tuple[float, ...]
     retention: float = 0.2
     threshold: float = 0.24
     most: int = 6
+    without: tuple[float, ...] | None = None
+    high_computed: bool = False
 
-    def run(self, steps: int, inner: Run = direct) -> Run:
-        """A fresh cache for one branch of a run of `steps` steps."""
-        return _Skipping(self, interpolated(self.ratios, steps), inner)
+    def run(self, steps: int, inner: Run = direct, *, branch: int = 0, switch: int = 0) -> Run:
+        """A fresh cache for a branch of a run of `steps` steps, `switch` of them by another transformer before."""
+        ratios = self.without if branch and self.without is not None else self.ratios
+        return _Skipping(self, interpolated(ratios, steps), inner, switch)
 
 
 def interpolated(ratios: Sequence[float], steps: int) -> list[float]:
@@ -72,6 +80,7 @@ class Decisions:
 
     settings: MagCache
     ratios: Sequence[float]
+    switch: int = 0
     step: int = 0
     ratio: float = 1.0
     error: float = 0.0
@@ -80,7 +89,11 @@ class Decisions:
     def skip(self) -> bool:
         i, steps = self.step, len(self.ratios)
         self.step += 1
-        if i < max(int(self.settings.retention * steps), 1) or i >= steps - 1:
+        begin, length = (self.switch, steps - self.switch) if i >= self.switch else (0, self.switch)
+        if i < begin + max(int(self.settings.retention * length), 1) or i >= steps - 1:
+            self.ratio, self.error, self.skipped = 1.0, 0.0, 0
+            return False
+        if i < self.switch and self.settings.high_computed:
             return False
         self.ratio *= self.ratios[i]
         self.error += abs(1 - self.ratio)
@@ -94,8 +107,8 @@ class Decisions:
 class _Skipping:
     """A `Run` that decides at each call."""
 
-    def __init__(self, settings: MagCache, ratios: Sequence[float], inner: Run) -> None:
-        self.decisions, self.inner = Decisions(settings, ratios), inner
+    def __init__(self, settings: MagCache, ratios: Sequence[float], inner: Run, switch: int) -> None:
+        self.decisions, self.inner = Decisions(settings, ratios, switch), inner
         self.change: Any = None
 
     def __call__(self, blocks: Sequence[nn.Module], h: Any, ctx: Any) -> Any:
@@ -124,19 +137,23 @@ class Calibration:
     found: list[list[Row]] = field(default_factory=list)
     """Of each branch, and each step but the first."""
 
-    def run(self, _steps: int, inner: Run = direct) -> Run:
+    def run(self, _steps: int, inner: Run = direct, *, branch: int = 0, switch: int = 0) -> Run:  # noqa: ARG002
         """A way of running the blocks that adds a branch."""
         rows: list[Row] = []
         self.found.append(rows)
         return _Measuring(rows, inner)
 
-    def tell(self) -> None:
-        """The ratios of each branch, as they are given back with --magcache_mag_ratios."""
+    def tell(self, script: str = "") -> None:
+        """Log the ratios of each branch, as they are given back with --magcache_mag_ratios.
+
+        script: whose logger's name scripts around it look for.
+        """
+        told = logging.getLogger(f"musubi_tuner.{script}") if script else log
         for number, rows in enumerate(self.found):
             means = ",".join(f"{value:.5f}" for value in (1.0, *(round(row[0], 5) for row in rows)))
             which = f" (run {number + 1} of {len(self.found)})" if len(self.found) > 1 else ""
-            log.info("Copy and paste following values to --magcache_mag_ratios argument to use them:%s", which)
-            log.info("%s", means)
+            told.info("Copy and paste following values to --magcache_mag_ratios argument to use them:%s", which)
+            told.info("%s", means)
 
 
 class _Measuring:
@@ -167,7 +184,7 @@ def compared(change: Tensor, before: Tensor) -> Row:
 StepCache = MagCache | Calibration
 
 
-def step_cache(chosen: StepCacheOptions, own: tuple[float, ...] | None) -> StepCache | None:
+def step_cache(chosen: StepCacheOptions, own: tuple[float, ...] | MagRatios | None) -> StepCache | None:
     """What the options ask for; `own` are the model's ratios. Raises UserError."""
     text = chosen.magcache_mag_ratios
     if chosen.magcache_calibration:
@@ -183,8 +200,11 @@ def step_cache(chosen: StepCacheOptions, own: tuple[float, ...] | None) -> StepC
                 "--magcache_mag_ratios 0: no ratios of this model are known; measure them with "
                 "--magcache_calibration and give them here"
             )
-        ratios = own
-    return MagCache(ratios, chosen.magcache_retention_ratio, chosen.magcache_threshold, chosen.magcache_k)
+        known = own if isinstance(own, MagRatios) else MagRatios(own)
+    else:
+        known = MagRatios(ratios)
+    settings = chosen.magcache_retention_ratio, chosen.magcache_threshold, chosen.magcache_k
+    return MagCache(known.ratios, *settings, without=known.without, high_computed=known.high_computed)
 
 
 def _parsed(text: str) -> tuple[float, ...]:

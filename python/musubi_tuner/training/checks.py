@@ -7,10 +7,12 @@ is named by `ineffective`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
+from musubi_tuner.data.cached import CachedItem
+from musubi_tuner.families.base import Dit
 from musubi_tuner.flow import timesteps
 from musubi_tuner.memory.plan import SwapOptions, unread
 from musubi_tuner.nn.compiling import CompileOptions, settings_of
@@ -98,6 +100,35 @@ def _network_faults(options: Resolved) -> Iterator[str]:
 def ineffective(options: Resolved) -> list[str]:
     """One sentence for each option that the user gave and that nothing on the chosen path reads."""
     return [f"{name} has no effect {why}" for name, why in _unread(options) if options.given(name)]
+
+
+def check_caches(dit: Dit, entries: Sequence[CachedItem]) -> None:
+    """Compare caches with what an opened transformer is conditioned on, where it has an attribute `conditioned_on`
+    (fields, each with a sentence). Raises UserError."""
+    for name, sentence in getattr(dit, "conditioned_on", {}).items():
+        without = [entry.latent for entry in entries if name not in entry.fields]
+        if without:
+            raise UserError(f"{len(without)} of {len(entries)} latent caches, e.g. {without[0]}: {sentence}")
+
+
+def one_sided(options: Resolved, boundary: float | None, usual: float | None) -> Iterator[str]:
+    """Sentences about a range of t that does not suit the transformers that were given.
+
+    boundary: between two experts, None where there is one transformer. usual: that of the task, None where it has none.
+    """
+    low, high = options[TimestepOptions].range
+    if boundary is not None and (high <= boundary or low >= boundary):
+        one, other = ("low", "high") if high <= boundary else ("high", "low")
+        yield (
+            f"all timesteps from {1000 * low:g} to {1000 * high:g} lie on the side of the expert for {one} noise, the "
+            f"boundary being {1000 * boundary:g}: the one for {other} noise is held in memory and never trained on"
+        )
+    if boundary is None and usual is not None and low < usual < high:
+        yield (
+            f"this task has two experts and one was given, which is trained from {1000 * low:g} to {1000 * high:g}: in "
+            f"sampling each works on its own side of {1000 * usual:g}; give --max_timestep {1000 * usual:g} for the "
+            f"one for low noise, --min_timestep {1000 * usual:g} for the other, or both experts"
+        )
 
 
 def _unread(options: Resolved) -> Iterator[tuple[str, str]]:

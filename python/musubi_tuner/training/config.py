@@ -18,6 +18,7 @@ from musubi_tuner.memory.plan import SwapOptions
 from musubi_tuner.nn.attention import MODES
 from musubi_tuner.nn.compiling import CompileOptions
 from musubi_tuner.optim.schedules import SCHEDULES, steps_or_ratio
+from musubi_tuner.training.draws import BeginStep, Buckets, KeyedDraws
 from musubi_tuner.training.hub import HubOptions
 from musubi_tuner.training.machine import MachineOptions
 from musubi_tuner.training.retention import StateOptions
@@ -162,6 +163,13 @@ class TimestepOptions:
         """The range of t in [0, 1]."""
         low = 0 if self.min_timestep is None else self.min_timestep
         return low / 1000, (1000 if self.max_timestep is None else self.max_timestep) / 1000
+
+    def draws(
+        self, seed: int, begin_step: BeginStep | None, buckets: Buckets | None, boundary: float | None
+    ) -> KeyedDraws:
+        """The numbers of a run; `boundary` between two experts is compared with t after `timestep_offset` is added."""
+        before = None if boundary is None else boundary - self.timestep_offset / 1000
+        return KeyedDraws(seed, self.distribution, begin_step, buckets, before)
 
     @property
     def stratified(self) -> bool:

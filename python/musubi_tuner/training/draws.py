@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from musubi_tuner.data.batches import Batch
 
 
+BeginStep = Callable[[int, int, tuple[int, ...]], None]
+"""Told (seed, epoch, items) before a forward pass."""
+
+
 class Draws(Protocol):
     """The random numbers of a batch."""
 
@@ -84,7 +88,7 @@ class KeyedDraws:
 
     seed: int
     distribution: Callable[[Sequence[int]], Distribution] = lambda _shape: uniform()
-    begin_step: Callable[[int, int, tuple[int, ...]], None] | None = None
+    begin_step: BeginStep | None = None
     buckets: Buckets | None = None
     boundary: float | None = None
 

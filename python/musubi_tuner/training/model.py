@@ -21,16 +21,18 @@ from musubi_tuner.adapters.files import load_lora
 from musubi_tuner.adapters.merge import LoraMerge
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.fields import nearest
-from musubi_tuner.families.base import Dit, Family, FamilySpec
+from musubi_tuner.families.base import Dit, Family, FamilySpec, HasExperts
 from musubi_tuner.memory.placement import DTYPES
+from musubi_tuner.nn.experts import expert_at, transformers
 from musubi_tuner.nn.runner import Run, direct
-from musubi_tuner.sampling.models import OpenDit, open_dit
+from musubi_tuner.sampling.models import OpenDit, Opened, open_dit, open_experts
 from musubi_tuner.training import fp8_report
 from musubi_tuner.training.checkpoint import Write, lora_file, model_file
 from musubi_tuner.training.config import ModelOptions, NetworkOptions
 from musubi_tuner.training.runtime import LocalRuntime
 from musubi_tuner.training.shards import own_part
 from musubi_tuner.training.step import Predict
+from musubi_tuner.weights.load import Merge
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
 
@@ -84,22 +86,35 @@ def check_adapter(network: NetworkOptions, spec: FamilySpec) -> None:
         load_lora(network.network_weights)
 
 
-def open_model(family: Family, model: ModelOptions, config: Mapping[str, Any] | None, options: Any = None) -> OpenDit:
+def open_model(family: Family, model: ModelOptions, config: Mapping[str, Any] | None, options: Any = None) -> Opened:
     """The transformer, looked at but not loaded, with `base_weights` matched. Raises UserError for what cannot be.
 
-    options: the family's own group for the model.
+    options: the family's own group for the model. Of two experts both get the `base_weights`.
     """
+    plan = family.high_noise(options) if isinstance(family, HasExperts) else None
+    for sentence in family.without_effect(options) if isinstance(family, HasExperts) else ():
+        log.warning("%s", sentence)
+    if plan is not None and model.full_finetune:
+        raise UserError(
+            "--full_finetune trains the weights of one transformer: leave out --dit_high_noise, and train each expert "
+            "in its own run, in its own range of timesteps"
+        )
     multipliers = (*model.base_weights_multiplier, *[1.0] * len(model.base_weights))
     merges = [LoraMerge.from_file(p, m, strict=True) for p, m in zip(model.base_weights, multipliers, strict=False)]
-    return open_dit(
-        family,
-        model.dit,
-        merges=merges,
-        config=config,
-        options=options,
-        attn_mode=model.attn_mode,
-        split_attn=model.split_attn,
-    )
+
+    def open_one(path: str, merges: Sequence[Merge]) -> OpenDit:
+        return open_dit(
+            family,
+            path,
+            merges=merges,
+            config=config,
+            options=options,
+            attn_mode=model.attn_mode,
+            split_attn=model.split_attn,
+        )
+
+    opened = open_one(model.dit, merges)
+    return opened if plan is None else open_experts(opened, plan, merges, open_one)
 
 
 def model_dtype(model: ModelOptions, computing: torch.dtype | None) -> torch.dtype:
@@ -129,18 +144,21 @@ def weight_policy(spec: FamilySpec, model: ModelOptions, dtype: torch.dtype) -> 
     return WeightPolicy(dtype, fp8)
 
 
-def report_fp8(dit: Dit, opened: OpenDit, folder: Path, name: str) -> None:
-    """The error of every FP8 weight of `dit`, to the log and to `NAME-fp8.tsv` (`training.fp8_report`)."""
-    with open_checkpoint(opened.path) as checkpoint:
-        rows = fp8_report.measure(dit, checkpoint, opened.family.rename_dit_key)
-    fp8_report.write(rows, folder / f"{name}-fp8.tsv")
+def report_fp8(dit: Dit, opened: Opened, folder: Path, name: str) -> None:
+    """The error of every FP8 weight of `dit`, to the log and to `NAME-fp8.tsv` (`training.fp8_report`); of a second
+    expert to `NAME-high-fp8.tsv`."""
+    files = (opened,) if isinstance(opened, OpenDit) else (opened.low, opened.high)
+    for part, file, mark in zip(transformers(dit), files, ("", "-high"), strict=False):
+        with open_checkpoint(file.path) as checkpoint:
+            rows = fp8_report.measure(part, checkpoint, opened.family.rename_dit_key)
+        fp8_report.write(rows, folder / f"{name}{mark}-fp8.tsv")
 
 
 def predictor(family: Family, dit: Dit, blocks: Run = direct) -> Predict:
-    """A family's transformer as the step wants it."""
+    """A family's transformer as the step wants it; of two experts the one of the batch's noise level."""
 
     def predict(x_t: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
-        return family.predict(dit, x_t, t, cond, run=blocks)
+        return family.predict(expert_at(dit, t), x_t, t, cond, run=blocks)
 
     return predict
 
@@ -148,10 +166,11 @@ def predictor(family: Family, dit: Dit, blocks: Run = direct) -> Predict:
 def adapter(
     dit: Dit, spec: FamilySpec, network: NetworkOptions, *, rate: float, seed: int, save_dtype: torch.dtype | None
 ) -> Trainable:
-    """A fresh adapter in the slots of `dit`, or that of `network_weights`."""
+    """A fresh adapter in the slots of `dit`, or that of `network_weights`; two experts share one."""
     args = parse_network_args(network.network_args)
     rank = network.network_dim
     tensors = None if network.network_weights is None else load_lora(network.network_weights)[0]
+    dit, *others = transformers(dit)
     if tensors is not None and (rank is None or network.dim_from_weights):
         drop = network.network_dropout
         adapters = attach_tensors(dit, tensors, dropout=drop, args=args, label=str(network.network_weights))
@@ -162,6 +181,8 @@ def adapter(
         adapters = attach(dit, spec.adapter, rank=rank, alpha=network.network_alpha, seed=seed, dropout=drop, args=args)
         if tensors is not None:
             adapters.load(tensors, label=str(network.network_weights))
+    for other in others:
+        adapters.share(other)
     groups = [
         {**group, "name": name}
         for group, name in zip(adapters.parameter_groups(rate, args.loraplus_lr_ratio), GROUP_NAMES, strict=False)
@@ -187,7 +208,7 @@ def adapter(
 
 def whole_model(
     dit: Dit,
-    opened: OpenDit,
+    opened: Opened,
     runtime: LocalRuntime,
     *,
     rate: float,

@@ -14,7 +14,8 @@ from musubi_tuner.data.batches import CachedBatches, DataOptions, open_batches
 from musubi_tuner.families.base import Family
 from musubi_tuner.memory.plan import MemoryPlan, SwapOptions, plan_memory, unread
 from musubi_tuner.nn.compiling import CompileOptions, settings_of
-from musubi_tuner.sampling.models import OpenDit, read_model_config
+from musubi_tuner.sampling.models import Opened, read_model_config
+from musubi_tuner.sampling.options import task_defaults
 from musubi_tuner.training import checks
 from musubi_tuner.training.checkpoint import Names, output_folder, output_name
 from musubi_tuner.training.config import (
@@ -49,7 +50,7 @@ class Setting:
     runtime: LocalRuntime
     names: Names
     seed: int
-    opened: OpenDit
+    opened: Opened
     memory: MemoryPlan
     source: CachedBatches
     plan: Plan
@@ -69,6 +70,8 @@ def prepare(family: Family, options: Resolved) -> Setting:
     own: list[Any] = [options[group] for group in family.option_groups("train")][1:]
     sizes = read_model_config(options.as_dict().get("model_config"))
     opened = open_model(family, options[ModelOptions], sizes, own[0] if own else None)
+    for sentence in checks.one_sided(options, opened.boundary, task_defaults(family.spec, options).boundary):
+        log.warning("%s", sentence)
     names = Names(output_folder(save.output_dir), output_name(save.output_name))
     runtime = launched(chosen.mixed_precision, options[MachineOptions].timeout)
     if runtime.sharded:
@@ -82,6 +85,7 @@ def prepare(family: Family, options: Resolved) -> Setting:
     seed = chosen.seed if resume is None or chosen.seed is not None else resume.seed
     seed = runtime.agree(secrets.randbits(32) if seed is None else seed)
     source = _data(family, options[DataOptions], runtime, seed)
+    checks.check_caches(opened.dit, source.entries)
     plan, state = _plan(chosen, states, resume, runtime, source.longest)
     rehearse(options[OptimizerOptions], options[TimestepOptions], family.spec, steps=plan.max_steps)
     if runtime.rank == 0 and (left := remove_leftovers(names.folder, names.name)):
@@ -89,7 +93,7 @@ def prepare(family: Family, options: Resolved) -> Setting:
     return Setting(family, options, runtime, names, seed, opened, memory, source, plan, resume, state, uploads)
 
 
-def _memory(opened: OpenDit, options: Resolved, runtime: LocalRuntime) -> MemoryPlan:
+def _memory(opened: Opened, options: Resolved, runtime: LocalRuntime) -> MemoryPlan:
     """Which weights rest on the host. Raises UserError."""
     chosen, trained = options[SwapOptions], options[ModelOptions].full_finetune
     device = runtime.device
@@ -104,7 +108,7 @@ def _memory(opened: OpenDit, options: Resolved, runtime: LocalRuntime) -> Memory
     spec = opened.family.spec
     compiling = settings_of(options[CompileOptions], os.environ)
     shape = (opened.dit, spec.blocks, spec.inputs)
-    return plan_memory(*shape, chosen, runtime.device, trained=trained, compiling=compiling)
+    return plan_memory(*shape, chosen, device, trained=trained, compiling=compiling, moves=opened.moves)
 
 
 def _states(options: Resolved) -> StateOptions:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
-from musubi_tuner.families.base import Dit, Encoders, Family, OwnSampling, Vae
+from musubi_tuner.families.base import Dit, Encoders, Family, HasExperts, OwnSampling, Vae
 from musubi_tuner.flow import keyed
 from musubi_tuner.memory.placement import DTYPES, dtype_name, release
 from musubi_tuner.nn.runner import Run, direct
@@ -84,6 +84,7 @@ def encode(family: Family, options: Resolved, *, device: torch.device, dit: Dit 
     prompts = encode_prompts(
         family, encoder_options, requests, device=device, dtype=torch.bfloat16, also=encode_pictures
     )
+    pictures.check_fields(dit, requests, seen)
     return Encoded(requests, prompts, vae, seen, encoder_options)
 
 
@@ -95,6 +96,7 @@ def preview_requests(family: Family, options: Resolved, entries: Sequence[Prompt
     """
     spec, own = family.spec, family.option_groups("train")
     task, plans = task_defaults(spec, options), isinstance(family, OwnSampling)
+    high = family.high_noise(options[own[1]]) if isinstance(family, HasExperts) else None
     requests = []
     for number, entry in enumerate(entries):
         values: dict[str, Any] = {
@@ -105,12 +107,15 @@ def preview_requests(family: Family, options: Resolved, entries: Sequence[Prompt
             "steps": STEPS,
             "fps": task.fps,
             "guidance": task.guidance,
+            "guidance_high": None if high is None else high.guidance,
             "embedded_guidance": task.embedded_guidance,
             "shift": task.shift if task.shift is not None or plans else 1.0,
             "solver": task.solver,
         }
         try:
             given = values | entry.given(embedded=task.embedded_guidance is not None)
+            if high is not None and given["guidance"] != task.guidance:
+                given["guidance_high"] = given["guidance"]  # a prompt's own guidance is that of both transformers
             idle = pictures.unserved(given, spec)
             given = {name: value for name, value in given.items() if name not in idle}
             asked = pictures.planned(family, options[own[0]] if own else None, given, entry.said)

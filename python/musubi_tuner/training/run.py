@@ -36,7 +36,7 @@ from musubi_tuner.training.prepare import Setting, prepare
 from musubi_tuner.training.resume import RunFacts, StateWriter, advance, facts_of, with_departures
 from musubi_tuner.training.retention import StateOptions
 from musubi_tuner.training.show_timesteps import show_timesteps
-from musubi_tuner.training.step import KeyedDraws, Step
+from musubi_tuner.training.step import Step
 from musubi_tuner.training.tracker import ProgressBar, Tracker, open_tracker, show_nowhere
 
 __all__ = ["GROUPS", "run"]
@@ -101,7 +101,7 @@ def _step(of: Setting, model: Assembled, optimizer: torch.optim.Optimizer, meter
         predict=predictor(of.family, model.dit, model.training),
         parameters=trainable.parameters,
         optimizer=optimizer,
-        draws=KeyedDraws(of.seed, times.distribution, trainable.begin_step, buckets),
+        draws=times.draws(of.seed, trainable.begin_step, buckets, of.opened.boundary),
         runtime=of.runtime,
         weight=WEIGHTS[times.weighting_scheme],
         timestep_offset=times.timestep_offset,

@@ -61,5 +61,6 @@ SPEC: Final = FamilySpec(
     target_fps=30.0,
     takes_pictures=("start", "end", "control"),
     reads_controls=True,
+    control_masks=True,
     dataset_keys=("fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"),
 )

@@ -104,7 +104,7 @@ class HunyuanVideoFamily:
         """See `predict.predict`."""
         return predict.predict(dit, x_t, t, cond, run=run)
 
-    def mag_ratios(self, options: Any) -> tuple[float, ...]:  # noqa: ARG002 the protocol's
+    def mag_ratios(self, options: Any, model: Any = None) -> tuple[float, ...]:  # noqa: ARG002 the protocol's
         """Of 50 steps, published for 960 x 544."""
         return MAG_RATIOS
 

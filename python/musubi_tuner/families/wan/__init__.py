@@ -1,4 +1,4 @@
-"""Wan 2.1: text-to-video and text-to-image."""
+"""Wan 2.1 and 2.2: text, pictures, control clips to video, and text to image; one transformer or two experts."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,14 +8,33 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.families.base import Conditioning, Dit, Encoders, FamilySpec, Item, Vae
-from musubi_tuner.families.wan import keys, options, predict, text, vae
+from musubi_tuner.config.guidance_steps import GuidanceSteps
+from musubi_tuner.families.base import (
+    Conditioning,
+    Dit,
+    Encoders,
+    FamilySpec,
+    HighNoise,
+    Item,
+    MagRatios,
+    Vae,
+)
+from musubi_tuner.families.wan import experts, keys, options, predict
+from musubi_tuner.families.wan import vae as coding
 from musubi_tuner.families.wan.config import check_task, wan_config
 from musubi_tuner.families.wan.model import WanModel
-from musubi_tuner.families.wan.options import CacheTextEncoderOptions
-from musubi_tuner.families.wan.spec import SPEC
+from musubi_tuner.families.wan.options import (
+    CacheLatentOptions,
+    CacheTextEncoderOptions,
+    EncodingOptions,
+    GenerationModelOptions,
+)
+from musubi_tuner.families.wan.spec import SPEC, mag_ratios
 from musubi_tuner.nn.runner import Run, direct
+from musubi_tuner.weights.clip_vision import load_clip_vision
+from musubi_tuner.weights.encoders import TextAndPicture
 from musubi_tuner.weights.reader import Header
+from musubi_tuner.weights.umt5 import load_text_encoder, tokenizer_file
 
 
 class WanFamily:
@@ -24,54 +43,47 @@ class WanFamily:
     spec: FamilySpec = SPEC
 
     def option_groups(self, command: str) -> tuple[type, ...]:
-        """Text encoder options where text is encoded, model options where the transformer is loaded."""
+        """Encoder options where something is encoded, model options where the transformer is loaded."""
         groups: Mapping[str, tuple[type, ...]] = {
+            "cache_latents": (options.CacheLatentOptions,),
             "cache_text": (options.CacheTextEncoderOptions,),
-            "train": (options.TextEncoderOptions, options.ModelOptions),
-            "generate": (options.TextEncoderOptions, options.ModelOptions),
+            "train": (options.EncodingOptions, options.ModelOptions),
+            "generate": (options.GenerationOptions, options.GenerationModelOptions),
         }
         return groups.get(command, ())
 
     def load_encoders(self, options: Any, *, device: torch.device, dtype: torch.dtype) -> Encoders | None:
-        """umt5, when `options.t5` names it."""
-        if options is None or not options.t5:
-            return None
-        return text.load_text_encoder(options.t5, options.t5_tokenizer, fp8=options.fp8_t5, device=device, dtype=dtype)
+        """umt5 and CLIP's picture tower, where `options` name them; the latent cache has use for its options alone."""
+        found = TextAndPicture(options)
+        if isinstance(options, (CacheTextEncoderOptions, EncodingOptions)) and options.t5:
+            words, fp8 = options.t5_tokenizer, options.fp8_t5
+            found.text = load_text_encoder(options.t5, words, fp8=fp8, device=device, dtype=dtype)
+        if isinstance(options, (CacheLatentOptions, EncodingOptions)) and options.clip:
+            found.picture = load_clip_vision(options.clip, device=device, dtype=dtype)
+        return found if found.text or found.picture or isinstance(options, CacheLatentOptions) else None
 
     def found_files(self, options: Any) -> Mapping[str, Path]:
         """The tokenizer, named or found beside umt5."""
         if not isinstance(options, CacheTextEncoderOptions) or not Path(options.t5).exists():
             return {}  # loading says what is wrong
-        return {"t5_tokenizer": text.tokenizer_file(options.t5, options.t5_tokenizer)}
+        return {"t5_tokenizer": tokenizer_file(options.t5, options.t5_tokenizer)}
 
-    def load_vae(
-        self,
-        path: str,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        options: Any = None,  # noqa: ARG002 the protocol's
-    ) -> Vae:
+    def load_vae(self, path: str, *, device: torch.device, dtype: torch.dtype, options: Any = None) -> Vae:
         """The causal VAE."""
-        return vae.load_vae(path, device=device, dtype=dtype)
+        known = isinstance(options, (CacheLatentOptions, EncodingOptions))
+        return coding.load_vae(path, device=device, dtype=dtype, cache_on_cpu=known and options.vae_cache_cpu)
 
     def encode_latents(
-        self,
-        items: Sequence[Item],
-        vae: Vae,
-        encoders: Encoders | None = None,  # noqa: ARG002 the protocol's
+        self, items: Sequence[Item], vae: Vae, encoders: Encoders | None = None
     ) -> list[list[dict[str, Tensor]]]:
-        """One entry per item: its latents [16, F, H, W]."""
-        pixels = [item.pixels for item in items if item.pixels is not None]
-        if len(pixels) != len(items):
-            raise ValueError("an item without pixels has no latents")
-        return [[{"latents": latents}] for latents in vae.encode(torch.stack(pixels))]
+        """One entry per item: latents, with what the options ask for of given frames and controls."""
+        return coding.encoded(items, vae, encoders)
 
     def encode_condition(self, items: Sequence[Item], encoders: Encoders) -> list[dict[str, Tensor]]:
         """Text features of each caption."""
-        if not isinstance(encoders, text.WanTextEncoder):
-            raise TypeError(f"Wan encodes text with umt5, not with {type(encoders).__name__}")
-        return [{"text": row} for row in encoders.encode([item.caption for item in items])]
+        if not isinstance(encoders, TextAndPicture) or encoders.text is None:
+            raise UserError("captions need the text encoder umt5: name it with --t5")
+        return [{"text": row} for row in encoders.text.encode([item.caption for item in items])]
 
     def build_dit(
         self,
@@ -79,7 +91,7 @@ class WanFamily:
         config: Mapping[str, Any] | None = None,
         options: Any = None,
     ) -> Dit:
-        """The transformer on meta. UserError where `options.task` names a published model of another size."""
+        """The transformer on meta. UserError where `options.task` names a published model of another kind or size."""
         sizes = wan_config(header, config)
         if options is not None:
             check_task(options.task, sizes, header.paths[0])
@@ -99,6 +111,22 @@ class WanFamily:
     def predict(self, dit: Dit, x_t: Tensor, t: Tensor, cond: Conditioning, *, run: Run = direct) -> Tensor:
         """See `predict.predict`."""
         return predict.predict(dit, x_t, t, cond, run=run)
+
+    def high_noise(self, options: Any) -> HighNoise | None:
+        """See `experts.high_noise`."""
+        return experts.high_noise(options)
+
+    def without_effect(self, options: Any) -> Sequence[str]:
+        """See `experts.without_effect`."""
+        return experts.without_effect(options)
+
+    def guidance_steps(self, options: Any) -> GuidanceSteps:
+        """See `config.guidance_steps`."""
+        return options.guidance_steps() if isinstance(options, GenerationModelOptions) else GuidanceSteps()
+
+    def mag_ratios(self, options: Any, model: Any = None) -> MagRatios | None:  # noqa: ARG002 the protocol's
+        """Of 50 or 40 steps, published for most models."""
+        return mag_ratios(model.task)
 
 
 family = WanFamily()

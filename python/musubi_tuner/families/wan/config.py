@@ -12,7 +12,6 @@ from musubi_tuner.weights.reader import Header
 from musubi_tuner.weights.sizes import named_fields
 
 _HEAD_DIM = 128  # of every published model
-_LATENT_CHANNELS = 16
 
 
 def wan_config(header: Header, given: Mapping[str, Any] | None = None) -> WanConfig:
@@ -29,10 +28,11 @@ def wan_config(header: Header, given: Mapping[str, Any] | None = None) -> WanCon
         config = WanConfig(**sizes)
     except ValueError as error:
         raise UserError(f"{header.paths[0]}: {error}") from error
-    if config.in_channels != _LATENT_CHANNELS or "img_emb.proj.1.weight" in shapes:
+    if _tasks_of(config) is None:
         raise UserError(
-            f"{header.paths[0]} takes {config.in_channels} input channels (image-to-video or control): this version "
-            "runs Wan 2.1 text-to-video and text-to-image models, which take 16"
+            f"{header.paths[0]} takes {config.in_channels} input channels"
+            f"{' and no picture features' if config.image_embed_dim is None else ''}: this version runs models that "
+            "take 16 (text to video or image), 36 (image to video) or 48 with features (control)"
         )
     return config
 
@@ -56,14 +56,31 @@ def _sizes_from_shapes(shapes: Mapping[str | None, tuple[int, ...]], path: str) 
         "patch_size": tuple(patch[2:]),
         "text_dim": shapes["text_embedding.0.weight"][1],
         "freq_dim": shapes["time_embedding.0.weight"][1],
+        "image_embed_dim": shapes["img_emb.proj.1.weight"][1] if "img_emb.proj.1.weight" in shapes else None,
+        "image_positions": shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else 0,
     }
 
 
-_TASKS_BY_WIDTH = {1536: ("t2v-1.3B",), 5120: ("t2v-14B", "t2i-14B")}
+_TASKS: Mapping[tuple[int, bool, bool], Mapping[int, tuple[str, ...]]] = {
+    (16, False, False): {1536: ("t2v-1.3B",), 5120: ("t2v-14B", "t2i-14B", "t2v-A14B")},
+    (36, True, False): {5120: ("i2v-14B",)},
+    (36, True, True): {5120: ("flf2v-14B",)},
+    (36, False, False): {5120: ("i2v-A14B",)},
+    (48, True, False): {1536: ("t2v-1.3B-FC",), 5120: ("t2v-14B-FC", "i2v-14B-FC")},
+}
+"""Tasks of the published models by input channels, picture features, positions of these; and by width."""
+
+
+def _tasks_of(sizes: WanConfig) -> Mapping[int, tuple[str, ...]] | None:
+    kind = (sizes.in_channels, sizes.image_embed_dim is not None, sizes.image_positions > 0)
+    return _TASKS.get(kind)
 
 
 def check_task(task: str, sizes: WanConfig, path: Path) -> None:
-    """UserError where `task` cannot be the published model of this width; unusual widths go with any task."""
-    fitting = _TASKS_BY_WIDTH.get(sizes.dim, (task,))
+    """UserError where `task` cannot be the published model of these sizes; unusual widths go with any of a kind."""
+    by_width = _tasks_of(sizes) or {}
+    every = tuple(name for names in by_width.values() for name in names)
+    fitting = by_width.get(sizes.dim, every)
     if task not in fitting:
-        raise UserError(f"--task {task}: {path} is a model of width {sizes.dim}; say --task {' or '.join(fitting)}")
+        what = f"of width {sizes.dim}" if task in every else f"with {sizes.in_channels} input channels"
+        raise UserError(f"--task {task}: {path} is a model {what}; say --task {' or '.join(fitting)}")

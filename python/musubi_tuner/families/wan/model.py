@@ -1,12 +1,14 @@
-"""The Wan 2.1 transformer, in the order embed, run, head; module paths are the keys of the original checkpoint.
+"""The Wan 2.1 and 2.2 transformer, in the order embed, run, head; module paths are the keys of the original checkpoint.
 
     h = patch(x); for each block: self attention and feed-forward, both shifted, scaled and gated by the time vector,
     with plain cross attention to the text between them; head: shift, scale, linear, unpatch.
 
-Modulation is float32 throughout: the time sinusoid and the rope angles are float64 before that. Source: Wan 2.1
-technical report (Wan team 2025) and its published checkpoints.
+What conditions a video joins the input as further channels. Models of version 2.1 that do so also attend to picture
+features, by keys and values of their own. Modulation is float32 throughout: the time sinusoid and the rope angles are
+float64 before that. Source: Wan 2.1 technical report (Wan team 2025) and its published checkpoints.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +18,21 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.nn.attention import attention
 from musubi_tuner.nn.modulation import float_linear, gated, modulate, sinusoid
 from musubi_tuner.nn.norms import LayerNorm, RMSNorm
-from musubi_tuner.nn.rope import grid_rotations, rotate
+from musubi_tuner.nn.rope import grid_rotations, rotate, told_rotations
 from musubi_tuner.nn.runner import Run, direct
+
+NO_FIRST_FRAME = (
+    "this transformer takes 36 channels (image to video) and was given no first frame: cache with wan_cache_latents "
+    "--i2v, or sample with --image_path (--i in a prompt line)"
+)
+NO_FEATURES = (
+    "this transformer attends to features of its first frame and was given none: name the CLIP encoder with --clip, "
+    "when caching latents (wan_cache_latents --i2v --clip ...) and when sampling"
+)
+NO_CONTROL = (
+    "this transformer takes 48 channels (control) and was given no control: name the control clips in the data set "
+    "file (control_directory), or sample with --control_path (--cn in a prompt line)"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,10 @@ class WanConfig:
     eps: float = 1e-6
     cross_attn_norm: bool = True
     rope_theta: float = 10000.0
+    image_embed_dim: int | None = None
+    """Width of picture features; None: the model attends to none."""
+    image_positions: int = 0
+    """Picture tokens with a learned position, where there are such: 514, those of a first and a last frame."""
 
     def __post_init__(self) -> None:
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -56,11 +75,13 @@ class WanConfig:
 
 @dataclass(frozen=True)
 class BlockContext:
-    """What all blocks share: modulation `[B, 6, D]` float32, rotations `[L, d/2]`, text `[B, T, D]`."""
+    """What all blocks share: modulation `[B, 6, D]` float32, rotations `[L, d/2]` or `[B, L, d/2]`, text `[B, T, D]`,
+    picture `[B, N, D]` or None."""
 
     modulation: Tensor
     rotations: Tensor
     text: Tensor
+    picture: Tensor | None
     attn_mode: str
 
 
@@ -75,8 +96,28 @@ class WanModel(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, d), nn.GELU("tanh"), nn.Linear(d, d))
         self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, d), nn.SiLU(), nn.Linear(d, d))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+        if config.image_embed_dim is not None:
+            self.img_emb = PictureEmbedding(config.image_embed_dim, d, config.image_positions)
         self.blocks = nn.ModuleList(WanAttentionBlock(config) for _ in range(config.num_layers))
         self.head = Head(config)
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Roles of what every request must come with."""
+        ends = ("start", "end") if self.config.image_positions else ("start",)
+        return {16: (), 36: ends, 48: ("control_clip",)}[self.config.in_channels]
+
+    @property
+    def optional_pictures(self) -> tuple[str, ...]:
+        """Roles of what it may come with beside these."""
+        return {16: (), 36: ("end",), 48: ("start",)}[self.config.in_channels]
+
+    @property
+    def conditioned_on(self) -> Mapping[str, str]:
+        """Fields that its conditioning must have beside text, each with the sentence for where it is not there."""
+        channels, features = self.config.in_channels, self.config.image_embed_dim is not None
+        found = {"image": NO_FIRST_FRAME} if channels == 36 else {"control": NO_CONTROL} if channels == 48 else {}
+        return found | ({"clip": NO_FEATURES} if channels == 36 and features else {})
 
     def forward(
         self,
@@ -84,12 +125,14 @@ class WanModel(nn.Module):
         timestep: Tensor,
         text: Tensor,
         *,
+        picture: Tensor | None = None,
         run: Run = direct,
         frame_positions: Tensor | None = None,
     ) -> Tensor:
         """Velocity of `x`'s shape (channels: `out_channels`), in x's dtype.
 
-        `frame_positions: [F]` replaces 0, 1, 2, ... as the temporal rope positions.
+        picture: features `[B, N, image_embed_dim]`, for models that attend to them; without, to text alone.
+        frame_positions: `[B, F]`, replace 0, 1, 2, ... as the temporal rope positions.
         """
         h, grid = self.patches(x)
         time = self.time_vector(timestep)
@@ -97,6 +140,7 @@ class WanModel(nn.Module):
             modulation=float_linear(self.time_projection[1], self.time_projection[0](time)).unflatten(1, (6, -1)),
             rotations=self.rotations(grid, x.device, frame_positions),
             text=self.text_embedding(self.padded(text).to(h.dtype)),
+            picture=None if picture is None else self.img_emb(picture.to(h.dtype)),
             attn_mode=self.attn_mode,
         )
         h = run(list(self.blocks), h, ctx)
@@ -126,11 +170,12 @@ class WanModel(nn.Module):
         return nn.functional.pad(text, (0, 0, 0, missing))
 
     def rotations(self, grid: tuple[int, int, int], device: torch.device, frames: Tensor | None) -> Tensor:
-        """Rope table [L, head_dim/2] of the patch grid."""
-        positions = [torch.arange(n, device=device) for n in grid]
-        if frames is not None:
-            positions[0] = frames.to(device)
-        return grid_rotations(positions, self.config.rope_dims, self.config.rope_theta)
+        """Rope table of the patch grid, [L, head_dim/2]; with `frames: [B, F]` of each sample, [B, L, head_dim/2]."""
+        dims, theta = self.config.rope_dims, self.config.rope_theta
+        if frames is None:
+            return grid_rotations([torch.arange(n, device=device) for n in grid], dims, theta)
+        scale = torch.ones(len(frames), device=device)
+        return told_rotations(frames.to(device), grid[1:], dims, theta, scale).flatten(1, 3)
 
     def unpatch(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """[B, L, pt*ph*pw*C] (channel fastest) -> [B, C, F, H, W]."""
@@ -149,7 +194,7 @@ class WanAttentionBlock(nn.Module):
         self.norm1 = LayerNorm(d, config.eps, affine=False)
         self.self_attn = Attention(config)
         self.norm3 = LayerNorm(d, config.eps, affine=True) if config.cross_attn_norm else nn.Identity()
-        self.cross_attn = Attention(config)
+        self.cross_attn = (Attention if config.image_embed_dim is None else PictureAttention)(config)
         self.norm2 = LayerNorm(d, config.eps, affine=False)
         self.ffn = nn.Sequential(nn.Linear(d, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, d))
         self.modulation = nn.Parameter(torch.zeros(1, 6, d))
@@ -180,11 +225,51 @@ class Attention(nn.Module):
         v = self.heads(self.v(source))
         if text is None:
             q, k = rotate(q, ctx.rotations), rotate(k, ctx.rotations)
-        return self.o(attention(q, k, v, mode=ctx.attn_mode).flatten(2))
+        return self.o(self.attended(q, k, v, ctx).flatten(2))
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, ctx: BlockContext) -> Tensor:
+        """What the heads of `q: [B, L, heads, d]` gather."""
+        return attention(q, k, v, mode=ctx.attn_mode)
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, heads, d]."""
         return x.unflatten(-1, (self.num_heads, -1))
+
+
+class PictureAttention(Attention):
+    """Attention to the text, to which that to the picture's tokens is added before the output projection."""
+
+    def __init__(self, config: WanConfig) -> None:
+        super().__init__(config)
+        self.k_img, self.v_img = (nn.Linear(config.dim, config.dim) for _ in range(2))
+        self.norm_k_img = RMSNorm(config.dim, config.eps)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, ctx: BlockContext) -> Tensor:
+        y = super().attended(q, k, v, ctx)
+        if ctx.picture is None:
+            return y
+        k, v = self.heads(self.norm_k_img(self.k_img(ctx.picture))), self.heads(self.v_img(ctx.picture))
+        return y + attention(q, k, v, mode=ctx.attn_mode)
+
+
+class PictureEmbedding(nn.Module):
+    """Picture features `[B, N, W]`, with learned positions where N of them are known, -> `[B, N, D]`."""
+
+    def __init__(self, width: int, dim: int, positions: int) -> None:
+        super().__init__()
+        norms = LayerNorm(width, 1e-5, affine=True), LayerNorm(dim, 1e-5, affine=True)
+        self.proj = nn.Sequential(norms[0], nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim), norms[1])
+        self.emb_pos = nn.Parameter(torch.zeros(1, positions, width)) if positions else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.emb_pos is not None:
+            if features.shape[1] != self.emb_pos.shape[1]:
+                raise UserError(
+                    f"{features.shape[1]} picture tokens: this model takes {self.emb_pos.shape[1]}, those of a first "
+                    "and a last frame; give both (--image_path, --end_image_path; wan_cache_latents --flf2v)"
+                )
+            features = features + self.emb_pos
+        return self.proj(features)
 
 
 class Head(nn.Module):

@@ -1,5 +1,7 @@
-"""Facts of Wan 2.1 text-to-video and text-to-image (Wan team 2025; published configurations and LoRA layouts)."""
+"""Facts of Wan 2.1 and 2.2 (Wan team 2025; published configurations, cache files and LoRA layouts)."""
 
+import json
+from importlib.resources import files
 from typing import Final
 
 from musubi_tuner.families.base import (
@@ -8,6 +10,7 @@ from musubi_tuner.families.base import (
     FamilySpec,
     Fp8Targets,
     LatentGeometry,
+    MagRatios,
     SamplingDefaults,
 )
 
@@ -19,6 +22,10 @@ LATENT_STD: Final = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
 )  # fmt: skip
+
+_TEXT: Final = SamplingDefaults(steps=50, guidance=5.0, shift=5.0)
+_SMALL: Final = {(832, 480): 3.0}
+_PICTURE: Final = SamplingDefaults(steps=40, guidance=5.0, shift=5.0)
 
 SPEC: Final = FamilySpec(
     name="wan",
@@ -50,13 +57,38 @@ SPEC: Final = FamilySpec(
     inputs=("patch_embedding", "text_embedding"),
     cache_fields=(
         CacheField("latents", "latents", "video", "latent"),
+        CacheField("image", "latents_image", "video", "latent", required=False),
+        CacheField("control", "latents_control", "video", "latent", required=False),
+        CacheField("clip", "clip", "plain", "latent", required=False),
+        CacheField("positions", "f_indices", "plain", "latent", required=False),
         CacheField("text", "t5", "varlen", "text"),
     ),
     tasks={
-        "t2v-14B": SamplingDefaults(steps=50, guidance=5.0, shift=5.0),
-        "t2v-1.3B": SamplingDefaults(steps=50, guidance=5.0, shift=5.0),
+        "t2v-14B": _TEXT,
+        "t2v-1.3B": _TEXT,
         "t2i-14B": SamplingDefaults(steps=50, guidance=5.0, shift=5.0, frames=1),
+        "i2v-14B": SamplingDefaults(steps=40, guidance=5.0, shift=5.0, shifts=_SMALL),
+        "flf2v-14B": _PICTURE,
+        "t2v-1.3B-FC": _TEXT,
+        "t2v-14B-FC": _TEXT,
+        "i2v-14B-FC": _PICTURE,
+        "t2v-A14B": SamplingDefaults(steps=40, guidance=3.0, shift=12.0, boundary=0.875, guidance_high=4.0),
+        "i2v-A14B": SamplingDefaults(steps=40, guidance=3.5, shift=5.0, boundary=0.9, guidance_high=3.5),
     },
     default_task="t2v-14B",
     target_fps=16.0,
+    takes_pictures=("start", "end", "control", "control_clip"),
+    reads_controls=True,
+    dataset_keys=("fp_1f_clean_indices", "fp_1f_target_index"),
 )
+
+
+def mag_ratios(task: str) -> MagRatios | None:
+    """The published ratios of a task's model, of i2v-14B those of its larger size; None where there are none.
+
+    Of the picture model of two experts nothing is skipped before the one for low noise takes over, as published.
+    """
+    table = json.loads(files(__package__).joinpath("mag_ratios.json").read_text(encoding="utf-8"))
+    if task not in table:
+        return None
+    return MagRatios(tuple(table[task]["with"]), tuple(table[task]["without"]), high_computed=task == "i2v-A14B")
