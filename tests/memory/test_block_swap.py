@@ -298,6 +298,8 @@ def test_what_cannot_be_a_ring_is_told():
         BlockSwap([], StandIn())
     with pytest.raises(ValueError, match="1 blocks in a ring of 0 slots"):
         BlockSwap([nn.Linear(2, 2)], StandIn(), ring=0)
+    with pytest.raises(ValueError, match="a block of 4352 bytes joins slots of 512"):
+        BlockSwap([nn.Linear(2, 2).requires_grad_(False)], StandIn()).join([nn.Linear(32, 32).requires_grad_(False)])
 
 
 def test_two_models_that_take_turns_share_the_slots():

@@ -67,6 +67,7 @@ class BlockSwap:
             raise ValueError(f"{count} blocks in a ring of {ring} slots: at least 1 of both")
         self.lanes, self.trained = lanes, trained
         self.resting: list[_Resting] = []
+        self.slots: list[_Slot] = []
         self._stacks: list[range] = []
         """Of each place, those of its model."""
         self._visitors: dict[nn.Module, _Visitor] = {}
@@ -80,7 +81,10 @@ class BlockSwap:
 
     def join(self, blocks: Sequence[nn.Module], inputs: Sequence[nn.Module] = ()) -> None:
         """Let the blocks of one more model, of the same sizes, visit the same slots."""
-        start = len(self.resting)
+        start, largest = len(self.resting), max((slot.memory.nbytes for slot in self.slots), default=None)
+        sizes = [resting_bytes(module, trained=self.trained) for module in (*inputs, *blocks)]
+        if largest is not None and max(sizes, default=0) > largest:
+            raise ValueError(f"a block of {max(sizes)} bytes joins slots of {largest}: models must have equal sizes")
         stack = range(start, start + len(inputs) + len(blocks))
         for place, module in zip(stack, (*inputs, *blocks), strict=True):
             self.resting.append(_Resting.pack(module, self.lanes, trained=self.trained))
