@@ -88,7 +88,7 @@ class MemoryPlan:
         return (*self.inputs, *self.blocks)
 
     def install(self, dit: nn.Module) -> BlockSwap | None:
-        """Begin to swap in a model that is loaded, and has its adapter; tells the sizes. None: there is nothing to swap.
+        """Begin to swap in a model that is loaded, and has its adapter; tells the sizes. None: nothing rests.
 
         Two experts share the slots.
         """
