@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from musubi_tuner.adapters.attach import NetworkArgs, attach
 from musubi_tuner.families import registry
 from musubi_tuner.flow import keyed
-from musubi_tuner.memory.block_swap import BlockSwap, _Kept, _Resting, resting_bytes
+from musubi_tuner.memory.block_swap import BlockSwap
+from musubi_tuner.memory.resting import Kept, Resting, resting_bytes
 from musubi_tuner.nn.checkpointing import checkpointed
 from musubi_tuner.nn.compiling import CompileSettings, compile_blocks
 from musubi_tuner.nn.runner import Run, direct
@@ -146,15 +147,15 @@ FAULTS = {  # what is done wrong, and whether checkpointing shows it
     ),
     "let go before backward has ended": (BlockSwap, "hold", hold_for_a_moment, True),
     "leave weights on the device": (
-        _Resting,
+        Resting,
         "show",
-        lambda rest, slot, show=_Resting.show: slot is not None and show(rest, slot),
+        lambda rest, slot, show=Resting.show: slot is not None and show(rest, slot),
         True,
     ),
     "find weights at another place": (
-        _Kept,
+        Kept,
         "found",
-        lambda kept, memory, found=_Kept.found: found(replace(kept, offset=max(0, kept.offset - 1)), memory),
+        lambda kept, memory, found=Kept.found: found(replace(kept, offset=max(0, kept.offset - 1)), memory),
         True,
     ),
     "let go of nothing": (BlockSwap, "_let_go", never, True),
