@@ -4,7 +4,7 @@
 #   make test        the default tests, in .venv-test (test-slow, test-gpu: the other tiers)
 #   make lint type   ruff and clang-format; mypy --strict on the packages that pyproject.toml names
 #   make docs        docs/options.md from the declarations in the code, and the plots
-#   make bench       kernel benchmarks on the CPU (bench-gpu: on a CUDA device)
+#   make bench       kernel benchmarks on the CPU (bench-quick: in half a minute; bench-gpu: on a CUDA device)
 #   make setup       .venv-test with everything that the targets above need
 #
 # Needs git, Python 3.10 to 3.13, pip and make; a C++ compiler makes the kernels fast and is not required.
@@ -34,7 +34,7 @@ INSTALLED := pyproject.toml constraints.txt $(COMPILED)
 PACKAGED := $(INSTALLED) $(shell find python kernels -type f -not -name '*.pyc')
 SOURCES_CXX := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help setup demo test test-slow test-gpu lint type bench bench-gpu docs clean
+.PHONY: help setup demo test test-slow test-gpu lint type bench bench-quick bench-gpu docs clean
 
 help:
 	@sed -n '2,11s/^# \{0,1\}//p' Makefile
@@ -70,6 +70,10 @@ type: $(TEST)/.stamp-test $(TEST)/.stamp-dev
 bench: $(TEST)/.stamp-test
 	@echo "== bench: kernels, correctness gates first, then ratios (benchmarks/data.py is a command of its own) =="
 	$(TEST)/bin/python benchmarks/kernels.py
+
+bench-quick: $(TEST)/.stamp-test
+	@echo "== bench-quick: one weight, half of every gate, a miss measured again up to three times =="
+	$(TEST)/bin/python benchmarks/kernels.py --quick --gate 0.5 --out build/bench-quick
 
 bench-gpu: $(TEST)/.stamp-test
 	@echo "== bench-gpu: kernels on a CUDA device, correctness first; then ratios, memory and shares of the roofline =="

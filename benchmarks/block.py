@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import in_turn, machine, undo
+from cpu_clock import in_turn, machine, peak_bytes
+from cpu_peers import usual_weight
 from musubi_kernels import dequantize_fp8, fp8_lora_linear, quantize_fp8
 
 DIM, FFN, HEADS, TEXT, RANK = 1536, 8960, 12, 512, 32
@@ -54,7 +55,7 @@ def ours(x: Tensor, layer: Layer) -> Tensor:
 
 
 def usual(x: Tensor, layer: Layer) -> Tensor:
-    return with_branch(x, undo(layer.q, layer.scale), layer)
+    return with_branch(x, usual_weight(layer.q, layer.scale), layer)
 
 
 def plain(x: Tensor, layer: Layer) -> Tensor:
@@ -126,12 +127,12 @@ def measure(tokens: int, layers: dict[str, Layer], rounds: int) -> list[Step]:
         return torch.autograd.grad(block(x, text, layers, linear), wanted, grad)
 
     agree([step(linear) for linear in CONTESTANTS.values()])
-    calls = [lambda linear=linear: step(linear) for linear in CONTESTANTS.values()]
-    seconds = in_turn(calls, rounds, least_seconds=0.0)
+    calls = {name: (lambda linear=linear: step(linear)) for name, linear in CONTESTANTS.items()}
+    seconds = in_turn(calls, rounds=rounds, least_seconds=0.0, most_seconds=float("inf"))
     rows = []
-    for (name, linear), taken in zip(CONTESTANTS.items(), seconds, strict=True):
+    for name, linear in CONTESTANTS.items():
         kept = held(lambda linear=linear: block(x, text, layers, linear), layers)
-        rows.append(Step(name, tokens, taken, kept / 1e6, peak(lambda linear=linear: step(linear)) / 1e6))
+        rows.append(Step(name, tokens, seconds[name], kept / 1e6, peak_bytes(calls[name]) / 1e6))
     return rows
 
 
@@ -158,22 +159,6 @@ def held(forward: Callable[[], Tensor], layers: dict[str, Layer]) -> int:
         result = forward()
     del result
     return sum(size for address, size in kept.items() if address not in mine)
-
-
-def peak(step: Callable[[], object]) -> float:
-    """How far the resident set rises during `step`; NaN where the kernel does not tell."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not status.exists():
-        return float("nan")
-
-    def kilobytes(key: str) -> int:
-        return int(next(line for line in status.read_text().splitlines() if line.startswith(key)).split()[1])
-
-    step()
-    reset.write_text("5")
-    before = kilobytes("VmRSS")
-    step()
-    return max(0, kilobytes("VmHWM") - before) * 1024.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,282 +1,223 @@
-"""What the FP8 kernels gain on this machine: ratios to the usual path and to plain bf16, behind a correctness gate.
+"""What the FP8 kernels gain on this machine: ratios to the usual path, to plain bf16 and to other packages.
 
-Every row is measured in one process on one thread, the contestants in turn, as CPU time; the ratio is that of the
-lower quartiles, since wall times on shared machines mean little. Nothing is reported before every product agrees with
-float64. Writes a table to the terminal, and JSON and a PNG chart beside each other in `--out`.
+Nothing is reported before every product agrees with float64. Every row is measured in one process on one thread, the
+contestants in turn (cpu_clock.py); what is asked of each row stands in cpu_gates.py. Prints Markdown tables, writes
+kernels.json and kernels.png to `--out`, and exits with 1 where a product is wrong or a row misses its gate.
 
-    python benchmarks/kernels.py                 # the sizes of docs/kernels.md
-    python benchmarks/kernels.py --quick --gate 0.5
+    python benchmarks/kernels.py                           # everything; installed peers too (cpu_peers.py)
+    python benchmarks/kernels.py --contended               # and one row of x under a load of four processes
+    python benchmarks/kernels.py --shapes 3072x3072 --rows 1 16 256
+    python benchmarks/kernels.py --quick --gate 0.5        # what .ci/run runs
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from musubi_kernels import _native, backends, dequantize_fp8, fp8_linear, fp8_lora_linear, quantize_fp8
+import cpu_gates as gates
+from cpu_clock import Limits, machine, measure_limits, native_isa, peak_bytes
+from cpu_contended import contended_row
+from cpu_conversions import conversion_rows, gain_rows, search_row
+from cpu_gates import Gate, Row
+from cpu_peers import Field, compiled_usual, field_of, usual_weight
+from cpu_products import (
+    Weight,
+    correctness,
+    dynamic_row,
+    forward_row,
+    gradient_row,
+    made,
+    product_rows,
+    step_row,
+    typed_row,
+)
+from cpu_report import memory_table, peer_table, save, summary, table
+from musubi_kernels import _native, backends, fp8_linear
 
 SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288), (5120, 5120), (13824, 5120), (3001, 1999))
-QUICK_SHAPES = ((3072, 3072),)
-ROWS = (1, 4, 8, 16, 64, 256, 1024)
-RANK = 32
-
-FORWARD_GATES = {
-    1: (75.0, 3.0),
-    4: (40.0, 1.9),
-    8: (33.0, 1.8),
-    16: (17.0, 1.08),
-    64: (6.5, 1.0),
-    256: (2.6, 0.98),
-    1024: (1.4, 1.0),
-}
-"""Least ratio to the usual path and to plain bf16, by rows of x, where the processor multiplies bf16."""
-GRADIENT_GATES = {64: 0.9, 256: 0.97, 1024: 1.03}
-STEP_GATES = {256: (1.8, 1.0), 1024: (1.2, 1.0)}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement: milliseconds of ours, ratios, and the ratios wanted (0 where none is)."""
-
-    what: str
-    n: int
-    k: int
-    m: int
-    milliseconds: float
-    over_usual: float
-    over_plain: float
-    wanted_usual: float = 0.0
-    wanted_plain: float = 0.0
-
-    def holds(self, factor: float) -> bool:
-        """Whether both ratios reach `factor` of what is wanted."""
-        return self.over_usual >= factor * self.wanted_usual and self.over_plain >= factor * self.wanted_plain
+ROWS = (1, 4, 8, 16, 64, 256, 1024, 2304)
+AVX2_SHAPE, AVX2_ROWS = (3072, 3072), (64, 256)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the gate and the measurements; exit status 1 when a product is wrong or a ratio misses its gate."""
+    """Runs the gate of correctness and the measurements."""
     options = parse(argv)
     torch.set_num_threads(1)
-    print(machine())
+    if native_isa() is None:
+        print(f"not measured: {backends()['native']}")
+        return 0
     fault = correctness()
     if fault:
         print(f"not measured, a product is wrong: {fault}", file=sys.stderr)
         return 1
-    rows = []
-    for n, k in QUICK_SHAPES if options.quick else SHAPES:
-        rows += measure(n, k, ROWS if not options.quick else (1, 16, 256), options.rounds)
-    print(table(rows, options.gate))
-    save(rows, Path(options.out))
-    missed = [row for row in rows if not row.holds(options.gate)]
-    print(f"{len(missed)} of {len(rows)} rows below {options.gate:g} of their gate")
-    return 1 if missed and options.gate > 0 else 0
+    if options.quick:
+        rows = list(again(quick_rows(), options))
+        print(f"{machine()}\n{gates.applied()}\n{table(rows, options.gate)}")
+        return report(rows, options, {})
+    if options.avx2_only:
+        weight = made(*AVX2_SHAPE)
+        rows = [forward_row(weight, m, Limits(0.0, 0.0, 0.0)) for m in AVX2_ROWS]
+        save(Path(options.out), machine(), rows, {}, options.gate)
+        return 0
+    return sitting(options)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    def shape(word: str) -> tuple[int, int]:
+        n, k = word.split("x")
+        return int(n), int(k)
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one weight and three sizes of x")
+    parser.add_argument("--quick", action="store_true", help="one weight, few sizes, a miss is measured again")
     parser.add_argument("--gate", type=float, default=1.0, help="share of each gate that must be reached; 0: none")
-    parser.add_argument("--rounds", type=int, default=9, help="measurements of each contestant, at least")
+    parser.add_argument("--again", type=int, default=None, help="how often a miss is measured again (3 with --quick)")
+    parser.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="NxK")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, metavar="M", help="rows of x")
+    parser.add_argument("--no-peers", action="store_true", help="the usual path and plain bf16 only")
+    parser.add_argument("--contended", action="store_true", help="also one row of x under a load of four processes")
+    parser.add_argument("--avx2-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", default="build/bench", help="folder for kernels.json and kernels.png")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.again is None:
+        options.again = 3 if options.quick else 0
+    return options
 
 
-def machine() -> str:
-    """One line: processor, instruction set, torch."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        model = next(
-            (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model
-        )
-    isa = _native.isa_name() if backends()["native"].startswith("available") else "reference"
-    return f"{model}, one thread, {isa}, torch {torch.__version__}, python {platform.python_version()}"
+def quick_rows() -> Iterator[Callable[[], Row]]:
+    """The kinds of rows whose gates a change breaks first, on one weight: under a minute."""
+    weight, limits = made(3072, 3072), Limits(0.0, 0.0, 0.0)
+    yield from conversion_rows(weight)
+    for m in (1, 8, 16, 64, 256):
+        yield lambda m=m: forward_row(weight, m, limits)
+    yield lambda: gradient_row(weight, 256)
+    yield lambda: step_row(weight, 256)
+    yield lambda: search_row(weight.dense[:1024])
 
 
-def correctness() -> str | None:
-    """The first product that is not within 1.5 roundings of float64, or None."""
-    generator = torch.Generator().manual_seed(0)
-    for m in (1, 8, 16, 64, 200):
-        w = torch.randn(300, 640, generator=generator).bfloat16()
-        q, scale = quantize_fp8(w)
-        exact_w = q.float().double() * scale.double().squeeze(-1).repeat_interleave(64, 1)
-        x = torch.randn(m, 640, generator=generator).bfloat16().requires_grad_()
-        y = fp8_linear(x, q, scale)
-        grad = torch.randn(m, 300, generator=generator).bfloat16()
-        y.backward(grad)
-        pairs = {"forward": (y.detach(), x.detach().double() @ exact_w.T), "dX": (x.grad, grad.double() @ exact_w)}
-        for name, (ours, exact) in pairs.items():
-            error = float((ours.double() - exact).norm() / exact.norm())
-            if not error <= 2.7e-3:
-                return f"{name} with M = {m}: relative error {error:.2e}"
-    return None
+def again(rows: Iterator[Callable[[], Row]], options: argparse.Namespace) -> Iterator[Row]:
+    """Each row; one that misses is measured again up to `options.again` times before the miss counts."""
+    for measure in rows:
+        row = measure()
+        for _ in range(options.again):
+            if row.verdict(options.gate) != "miss":
+                break
+            print(f"measured again: {row.what}, M = {row.m}: {', '.join(map(str, row.gates))}", file=sys.stderr)
+            row = measure()
+        yield row
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A weight [N, K] in the forms that the contestants use: FP8 with scales, and the same dequantised to bf16."""
-
-    q: torch.Tensor
-    scale: torch.Tensor
-    dense: torch.Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return self.q.shape[0], self.q.shape[1]
-
-    def gates(self, usual: float, plain: float) -> tuple[float, float]:
-        """0.9 of the gates where the sides are multiples of nothing."""
-        share = 1.0 if self.shape[1] % 64 == 0 else 0.9
-        return usual * share, plain * share
-
-
-def measure(n: int, k: int, sizes: Sequence[int], rounds: int) -> list[Row]:
-    """Forward, input gradient, LoRA step, quantise and dequantise of one weight."""
-    w = torch.randn(n, k, generator=torch.Generator().manual_seed(1)).bfloat16()
-    q, scale = quantize_fp8(w)
-    weight = Weight(q, scale, dequantize_fp8(q, scale))
-    rows = [quantize_row(w, rounds), dequantize_row(weight, rounds)]
-    for m in sizes:
-        rows.append(forward_row(weight, m, rounds))
-        if m in GRADIENT_GATES:
-            rows.append(gradient_row(weight, m, rounds))
-        if m in STEP_GATES:
-            rows.append(step_row(weight, m, rounds))
-    return rows
+def sitting(options: argparse.Namespace) -> int:
+    """Everything: the machine's limits, then weight by weight, then what needs processes of its own."""
+    limits, began = measure_limits(), time.perf_counter()
+    print(f"{machine()}; {limits.sentence()}\n{gates.applied()}", flush=True)
+    rows: list[Row] = []
+    memory = []
+    peers = Field()
+    for n, k in options.shapes:
+        weight = made(n, k)
+        if not options.no_peers:
+            peers = join(weight)
+        rows += again(conversion_rows(weight), options)
+        rows += again(product_rows(weight, tuple(options.rows), limits), options)
+        memory += [((n, k, m), temporary(weight, m)) for m in (1, 256)]
+        print(f"{n} x {k}: measured, {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    weight = made(*AVX2_SHAPE)
+    rows += again(single_rows(weight, options), options)
+    rows += gain_rows()
+    rows += avx2_rows()
+    beside = {"limits": vars(limits), "errors": peers.errors, "not measured": peers.absent}
+    print(table(rows, options.gate))
+    print(peer_table(rows, peers.errors, peers.absent))
+    print(memory_table(memory))
+    return report(rows, options, beside)
 
 
-def forward_row(w: Weight, m: int, rounds: int) -> Row:
-    x = torch.randn(m, w.shape[1]).bfloat16()
-    calls = [
-        lambda: fp8_linear(x, w.q, w.scale),
-        lambda: F.linear(x, undo(w.q, w.scale)),
-        lambda: F.linear(x, w.dense),
+def single_rows(weight: Weight, options: argparse.Namespace) -> Iterator[Callable[[], Row]]:
+    """What is measured on one weight only."""
+    yield lambda: search_row(weight.dense)
+    for m in AVX2_ROWS:
+        yield lambda m=m: typed_row(weight, m, torch.float32)
+        yield lambda m=m: typed_row(weight, m, torch.float16)
+        yield lambda m=m: dynamic_row(weight, m)
+    yield scratch_row
+    if options.contended:
+        yield lambda: contended_row(weight)
+    else:
+        print("forward under a load of four processes not measured: --contended asks for it")
+
+
+def join(weight: Weight) -> Field:
+    """Adds every peer that can be timed to the weight's contestants."""
+    peers = field_of(weight.dense)
+    compiled, reason = compiled_usual(weight.q, weight.scale)
+    if compiled:
+        weight.peers["compiled usual"] = compiled
+    else:
+        peers.absent["compiled usual"] = reason
+    weight.peers |= peers.calls
+    return peers
+
+
+def temporary(weight: Weight, m: int) -> Mapping[str, float]:
+    """Bytes that one forward needs at its peak beyond its result."""
+    x = torch.randn(m, weight.shape[1]).bfloat16()
+    calls = {
+        "ours": lambda: fp8_linear(x, weight.q, weight.scale),
+        "usual": lambda: F.linear(x, usual_weight(weight.q, weight.scale)),
+        "plain": lambda: F.linear(x, weight.dense),
+        **{name: (lambda peer=peer: peer(x)) for name, peer in weight.peers.items()},
+    }
+    return {name: max(0.0, peak_bytes(call) - 2 * m * weight.shape[0]) for name, call in calls.items()}
+
+
+def scratch_row() -> Row:
+    """What this thread's bodies hold after everything above, and after the largest product of all."""
+    n, k = max(SHAPES, key=lambda shape: shape[0] * shape[1])
+    codes = torch.zeros(n, k, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    fp8_linear(torch.ones(64, k, dtype=torch.bfloat16), codes, torch.ones(n, k // 64, 1))
+    held = _native.module().scratch_bytes()
+    gate = Gate("scratch MB", held / 2**20, gates.SCRATCH_BYTES / 2**20, most=True)
+    return Row("scratch", n, k, 64, 0.0, {}, (gate,), {"scratch MB": held / 2**20})
+
+
+def avx2_rows() -> list[Row]:
+    """Forward where ours and torch both have AVX2 only: a child process, whose libraries are told so."""
+    usable = _native.module().isas()
+    if "avx2" not in usable or not gates.has_bf16():
+        print(f"the AVX2 body not measured apart: this machine runs {', '.join(usable)}")
+        return []
+    pins = {"MUSUBI_KERNELS_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--avx2-only", "--out", folder]
+        subprocess.run(command, check=True, capture_output=True, timeout=600, env=os.environ | pins)
+        saved = json.loads((Path(folder) / "kernels.json").read_text())["rows"]
+    return [
+        Row("forward, AVX2 alone", *(row[key] for key in ("n", "k", "m", "milliseconds", "ratios")), gates_of(row))
+        for row in saved
     ]
-    return row("forward", w.shape, m, in_turn(calls, rounds), w.gates(*FORWARD_GATES.get(m, (0.0, 0.0))))
 
 
-def undo(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The usual path's dequantisation: cast, then multiply by the scales."""
-    wide = q.to(torch.bfloat16)
-    return (wide.view(q.shape[0], scale.shape[1], -1) * scale).view(q.shape) if scale.ndim == 3 else wide * scale
+def gates_of(row: Mapping[str, Any]) -> tuple[Gate, ...]:
+    return tuple(Gate(**gate) for gate in row["gates"])
 
 
-def gradient_row(w: Weight, m: int, rounds: int) -> Row:
-    grad = torch.randn(m, w.shape[0]).bfloat16()
-    x = torch.zeros(m, w.shape[1], dtype=torch.bfloat16, requires_grad=True)
-    y = fp8_linear(x, w.q, w.scale)
-    calls = [
-        lambda: torch.autograd.grad(y, x, grad, retain_graph=True),
-        lambda: grad @ undo(w.q, w.scale),
-        lambda: grad @ w.dense,
-    ]
-    return row("dX", w.shape, m, in_turn(calls, rounds), w.gates(0.0, GRADIENT_GATES[m]))
-
-
-def step_row(w: Weight, m: int, rounds: int) -> Row:
-    """Forward and backward with a LoRA branch in float32 weights, as training does it."""
-    n, k = w.shape
-    x = torch.randn(m, k).bfloat16().requires_grad_()
-    down, up = (torch.randn(RANK, k) * 0.02).requires_grad_(), torch.zeros(n, RANK).requires_grad_()
-    grad = torch.randn(m, n).bfloat16()
-
-    def chain(weight: Callable[[], torch.Tensor]) -> Callable[[], object]:
-        def step() -> object:
-            base = F.linear(x, weight())
-            branch = F.linear(F.linear(x, down.bfloat16()), up.bfloat16())
-            return torch.autograd.grad(base + branch * 0.5, (x, down, up), grad)
-
-        return step
-
-    def ours() -> object:
-        return torch.autograd.grad(fp8_lora_linear(x, w.q, w.scale, None, down, up, scale=0.5), (x, down, up), grad)
-
-    times = in_turn([ours, chain(lambda: undo(w.q, w.scale)), chain(lambda: w.dense)], rounds)
-    return row("LoRA step", w.shape, m, times, w.gates(*STEP_GATES[m]))
-
-
-def quantize_row(w: torch.Tensor, rounds: int) -> Row:
-    """Against the usual quantisation in torch operations, and (as `plain`) against copying the weight."""
-
-    def usual() -> object:
-        groups = w.view(w.shape[0], -1, 64) if w.shape[1] % 64 == 0 else w
-        scale = (groups.abs().amax(-1, keepdim=True) / 448.0).clamp(min=1e-8).float()
-        scaled = torch.nan_to_num(groups.float() / scale, 0.0)
-        return scaled.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(w.shape)
-
-    times = in_turn([lambda: quantize_fp8(w), usual, w.clone], rounds)
-    return row("quantise", (w.shape[0], w.shape[1]), 0, times, (22.0, 0.0))
-
-
-def dequantize_row(w: Weight, rounds: int) -> Row:
-    """Against the usual dequantisation, and (as `plain`) against copying the result."""
-    calls = [lambda: dequantize_fp8(w.q, w.scale), lambda: undo(w.q, w.scale), w.dense.clone]
-    return row("dequantise", w.shape, 0, in_turn(calls, rounds), w.gates(35.0, 1.2))
-
-
-def row(what: str, shape: tuple[int, int], m: int, times: Sequence[float], wanted: tuple[float, float]) -> Row:
-    """The row of (ours, usual, plain) seconds."""
-    ours, usual, plain = times
-    return Row(what, *shape, m, ours * 1e3, usual / ours, plain / ours, *wanted)
-
-
-def in_turn(calls: Sequence[Callable[[], object]], rounds: int, least_seconds: float = 0.15) -> list[float]:
-    """Lower quartile of CPU seconds of each call, measured one after the other, `rounds` times or more."""
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    while len(times[0]) < rounds or sum(times[0]) < least_seconds:
-        for call, taken in zip(calls, times, strict=True):
-            start = time.thread_time()
-            call()
-            taken.append(time.thread_time() - start)
-    return [sorted(taken)[len(taken) // 4] for taken in times]
-
-
-def table(rows: Sequence[Row], gate: float) -> str:
-    lines = ["| what | N x K | M | ms | x usual | gate | x plain | gate | |", "|---|---|---|---|---|---|---|---|---|"]
-    for r in rows:
-        verdict = "" if r.holds(gate) else "miss"
-        size = f"{r.n} x {r.k} | {r.m or ''} | {r.milliseconds:.2f}"
-        usual, plain = (f"{wanted:.3g}" if wanted else "" for wanted in (r.wanted_usual, r.wanted_plain))
-        lines.append(f"| {r.what} | {size} | {r.over_usual:.2f} | {usual} | {r.over_plain:.2f} | {plain} | {verdict} |")
-    return "\n".join(lines)
-
-
-def save(rows: Sequence[Row], folder: Path) -> None:
-    """kernels.json and, where matplotlib is installed, kernels.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine(), "rows": [asdict(r) for r in rows]}
-    (folder / "kernels.json").write_text(json.dumps(report, indent=1))
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        print("no chart: matplotlib is not installed")
-        return
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for n, k in sorted({(r.n, r.k) for r in rows}):
-        line = [(r.m, r.over_plain) for r in rows if (r.n, r.k) == (n, k) and r.what == "forward"]
-        axes.plot([m for m, _ in line], [ratio for _, ratio in line], marker="o", label=f"{n} x {k}")
-    axes.axhline(1.0, color="grey", linewidth=0.8)
-    axes.set(xscale="log", xlabel="rows of x", ylabel="speed relative to plain bf16 F.linear", title=machine())
-    axes.title.set_fontsize(8)
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(folder / "kernels.png", dpi=120)
-    plt.close(figure)
+def report(rows: Sequence[Row], options: argparse.Namespace, beside: Mapping[str, object]) -> int:
+    """Saves, says how many rows hold, and gives the exit status."""
+    save(Path(options.out), machine(), rows, beside, options.gate)
+    print(summary(rows, options.gate))
+    return int(options.gate > 0 and any(row.verdict(options.gate) == "miss" for row in rows))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from kernels import machine
+from cpu_clock import machine
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint

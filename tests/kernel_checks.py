@@ -34,6 +34,8 @@ def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
 def decoded(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """q * scale in float64, written without the package: a scale is repeated over the codes it covers."""
     wide = q.to(torch.float32).double()
+    if q.numel() == 0:
+        return wide
     if scale.ndim == 3:
         return wide * scale.double().squeeze(-1).repeat_interleave(q.shape[1] // scale.shape[1], dim=1)
     return wide * scale.double()

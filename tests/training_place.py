@@ -20,7 +20,7 @@ FAMILY = registry.get("wan")
 
 
 def make_place(root: Path, name: str = "wan", **sizes: object) -> Path:
-    """dit.safetensors, data.toml and the caches of five items of two shapes in `root`, as other tools name them.
+    """dit.safetensors, data.toml and the caches of five items of one or two shapes in `root`, as other tools name them.
 
     name: the family. sizes: of its tiny transformer, where they differ from the usual ones.
     """
@@ -30,12 +30,16 @@ def make_place(root: Path, name: str = "wan", **sizes: object) -> Path:
     atomic_save_safetensors(root / "dit.safetensors", state, metadata)
     cache = root / "cache"
     cache.mkdir()
+    texts = {field.name for field in spec.cache_fields if field.file == "text"}
     for i in range(5):
-        width = 48 if i < 3 else 64
-        latents = keyed.normal((16, 1, 4, width // 8), "run", i)
+        entry = TINY[name].entry(2 + i % 3)
+        text, seen = ({k: v for k, v in entry.items() if (k in texts) is is_text} for is_text in (True, False))
+        width = 48 if i < 3 or seen else 64  # what a family sees beside the text has the size of 48 pixels
+        frames = TINY[name].latents[1] if seen else 1
+        latents = keyed.normal((16, frames, 4, width // 8), "run", i)
         for part, file, entry in (
-            ("latent", latent_name(f"p{i}", (width, 32), spec.cache_tag), {"latents": latents}),
-            ("text", text_name(f"p{i}", spec.cache_tag), TINY[name].entry(2 + i % 3)),
+            ("latent", latent_name(f"p{i}", (width, 32), spec.cache_tag), {"latents": latents, **seen}),
+            ("text", text_name(f"p{i}", spec.cache_tag), text),
         ):
             tensors = to_keys(entry, spec.cache_fields, part)
             told = {"architecture": spec.architecture, "format_version": "1.0.1", "width": "48"}

@@ -170,6 +170,7 @@ def _run_kind(which: Script, argv: Sequence[str], *, prog: str) -> int:
         description=f"{kind.title[0].upper()}{kind.title[1:]} ({which.family}).",
         defaults={**family.spec.option_defaults, **dict(which.defaults)},
         elsewhere=known_elsewhere(established_name(which)),
+        script=established_name(which),
     )
     console.configure()
     for warning in options.warnings:

@@ -345,7 +345,7 @@ def test_what_does_not_apply_is_counted_and_named(
     tensors = {
         **lora,
         "lora_unet_nowhere.lora_down.weight": torch.ones(2, 3),
-        "lora_unet_blocks_0_ffn_0.hada_w1_a": torch.ones(2, 2),
+        "lora_unet_blocks_0_ffn_0.dora_scale": torch.ones(2, 2),
         "lora_unet_head_head.lora_up.weight": torch.ones(64, 2),
         "lora_unet_text_embedding_0.lora_down.weight": torch.ones(2, 5),
         "lora_unet_text_embedding_0.lora_up.weight": torch.ones(48, 2),
@@ -359,7 +359,7 @@ def test_what_does_not_apply_is_counted_and_named(
     for part in (
         "4 entries",
         "lora_unet_nowhere.lora_down.weight",
-        "hada_w1_a",
+        "dora_scale",
         "head.head (only its up factor is there)",
         "text_embedding.0 (down [2, 5] and up [48, 2] for a weight [48, 24])",
     ):

@@ -168,7 +168,7 @@ def test_whole_deltas_apply_to_weights_and_biases(load: Load) -> None:
     assert torch.equal(merged["blocks.0.self_attn.q.bias"], base["blocks.0.self_attn.q.bias"] + 0.5 * bias)
     assert torch.equal(merged["blocks.0.self_attn.q.weight"], base["blocks.0.self_attn.q.weight"])
     assert torch.equal(merged["patch_embedding.weight"], base["patch_embedding.weight"] + 0.5)
-    with pytest.raises(UserError, match=r"holds whole deltas for blocks\.0\.self_attn\.q: merge it while loading"):
+    with pytest.raises(UserError, match=r"holds whole deltas, LoHa or LoKr for blocks\.0\.self_attn\.q: merge it"):
         attach_tensors(load(), {"diffusion_model.blocks.0.self_attn.q.diff_b": bias})
 
 

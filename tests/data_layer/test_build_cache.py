@@ -94,6 +94,17 @@ def test_the_latents_are_those_of_the_picture(run):
     np.testing.assert_allclose(stored[:, 0].permute(1, 2, 0).numpy(), means, atol=1e-5)
 
 
+@pytest.mark.shows("disable_cudnn_backend")
+def test_the_vae_is_coded_without_cudnn_where_that_is_asked(run, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+    run.latents()
+    assert torch.backends.cudnn.enabled
+    log = run.latents("--disable_cudnn_backend")
+    assert not torch.backends.cudnn.enabled
+    assert log[-1] == "latent caches: 0 to make, 4 fresh", "no other way of convolving makes another cache"
+    assert "disable_cudnn_backend has no effect on cpu" in log
+
+
 @pytest.mark.shows("batch_size", "num_workers")
 def test_batches_of_the_cap_give_the_same_files(run):
     run.latents()
@@ -277,3 +288,21 @@ def test_decoding_runs_ahead_by_a_few_batches_only(run, monkeypatch):
     run.latents("--num_workers", "4")
     assert len(decoded) == 24
     assert 2 < max(waiting) <= 3 * 2
+
+
+@pytest.mark.shows("disable_cudnn_backend")
+def test_cudnn_is_left_out_while_latents_are_encoded_on_demand(run, monkeypatch):
+    seen, encode = [], run.family.encode_latents
+
+    def watched(items, vae, encoders=None):
+        seen.append(torch.backends.cudnn.enabled)
+        return encode(items, vae, encoders)
+
+    monkeypatch.setattr(run.family, "encode_latents", watched)
+    before = torch.backends.cudnn.enabled
+    run.latents("--disable_cudnn_backend")
+    assert set(seen) == {False}
+    assert torch.backends.cudnn.enabled == before
+    seen.clear()
+    run.latents("--recache")
+    assert set(seen) == {before}

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from tiny_models import tiny_dit
 ROOT = Path(__file__).parents[2]
 SIZES = {"text_dim": 32, "pooled_text_dim": 64, "image_embed_dim": 72}
 LORA = ("--fp8_base", "--fp8_scaled", "--network_module", "networks.lora_framepack", "--network_dim", "4")
+TWO = ("--max_train_epochs", "2", "--save_every_n_epochs", "1", "--save_state")
 WINDOW = 2
 """Latent frames of a section: 9 frames make one section, 17 two."""
 
@@ -124,26 +126,23 @@ def cached(shop) -> Shop:
 
 @pytest.fixture(scope="module")
 def trained(cached) -> tuple[Shop, str]:
-    """Through the file under src/ and accelerate, as a user starts it, with a preview of one section."""
+    """Two epochs, with a state between them and a preview of one section after each."""
     prompts = cached.root / "prompts.txt"
     prompts.write_text(
         f"a red flower --w 32 --h 32 --s 1 --d 7 --f 9 --i {cached.file('start.png')}\n", encoding="utf-8"
     )
+    more = ["--sample_prompts", str(prompts), "--sample_every_n_epochs", "1", "--vae", cached.file("vae.safetensors")]
+    more += ["--latent_window_size", str(WINDOW)]
+    return cached, launch(*cached.training("lora", *TWO, *more, *cached.encoders))
+
+
+def launch(*words: str) -> str:
+    """Train through the file under src/ and accelerate, as a user starts it; what it printed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--mixed_precision", "bf16"]
     command += [str(ROOT / "src" / "musubi_tuner" / "fpack_train_network.py")]
-    more = ["--sample_prompts", str(prompts), "--sample_every_n_epochs", "1", "--vae", cached.file("vae.safetensors")]
-    more += [
-        "--latent_window_size",
-        str(WINDOW),
-        "--save_state",
-        "--max_train_epochs",
-        "2",
-        "--save_every_n_epochs",
-        "1",
-    ]
     done = subprocess.run(
-        [*command, *cached.training("lora", *more, *cached.encoders)],
+        [*command, *words],
         capture_output=True,
         text=True,
         timeout=550,
@@ -151,7 +150,7 @@ def trained(cached) -> tuple[Shop, str]:
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return cached, done.stderr + done.stdout
+    return done.stderr + done.stdout
 
 
 def test_a_video_becomes_sections_in_the_established_form(cached):
@@ -239,8 +238,7 @@ def test_training_writes_a_lora_of_the_established_form(trained):
 
 def test_a_resumed_run_ends_with_the_same_lora_to_the_byte(trained):
     shop, _ = trained
-    two = ("--max_train_epochs", "2", "--resume", shop.file("out/lora-000001-state"))
-    musubi("fpack_train_network", *shop.training("resumed", *two))
+    launch(*shop.training("resumed", *TWO, "--resume", shop.file("out/lora-000001-state")))
     a, b = (load_file(shop.root / "out" / f"{name}.safetensors") for name in ("lora", "resumed"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -289,6 +287,108 @@ def test_a_prompt_file_makes_videos_and_single_pictures(cached, tmp_path):
         with safe_open(path, "pt") as file:
             frames.append(file.get_slice("latent").get_shape()[1])
     assert sorted(frames) == [1, 1 + WINDOW, 1 + 2 * WINDOW], "a second of 16 frames is two sections of 8"
+
+
+def latent_of(folder: Path) -> torch.Tensor:
+    """The latents that a command wrote."""
+    (path,) = folder.glob("*_latent.safetensors")
+    return load_file(path)["latent"]
+
+
+@pytest.mark.shows("prompt", "image_path")
+def test_sections_with_texts_and_pictures_of_their_own(cached, tmp_path):
+    """The second section is made first: its own text and picture change all, those of the first one only its part."""
+    start, end = cached.file("start.png"), cached.file("end.png")
+    words = ("--video_sections", "2", "--output_type", "latent", "--prompt")
+    cases = {
+        "plain": ("a red roof", "--image_path", start),
+        "same": ("0:a red roof;;;1:a red roof", "--image_path", f"0:{start};;;1:{start}"),
+        "first": ("0:a temple;;;1:a red roof", "--image_path", start),
+        "last": ("0:a red roof;;;-1:a temple", "--image_path", start),
+        "picture": ("a red roof", "--image_path", f"0:{start};;;-1:{end}"),
+    }
+    for name, (prompt, *more) in cases.items():
+        musubi("fpack_generate_video", *cached.generation(tmp_path / name, *words, prompt, *more))
+    found = {name: latent_of(tmp_path / name) for name in cases}
+    plain, after = found["plain"], 1 + WINDOW
+    assert torch.equal(found["same"], plain)
+    assert torch.equal(found["first"][:, after:], plain[:, after:])
+    for name, part in (("first", slice(1, after)), ("last", slice(after, None)), ("picture", slice(after, None))):
+        assert not torch.equal(found[name][:, part], plain[:, part]), name
+        assert torch.equal(found[name][:, :1], plain[:, :1]), "the start frame"
+
+
+def test_guidance_the_task_and_a_merged_model_do_what_they_say(trained, tmp_path):
+    shop, _ = trained
+    words = ("--video_sections", "1", "--output_type", "latent", "--prompt", "a red roof", "--infer_steps", "1")
+    words += ("--image_path", shop.file("start.png"))
+    lora, merged = ("--lora_weight", shop.file("out/lora.safetensors")), tmp_path / "merged.safetensors"
+    musubi("fpack_generate_video", *shop.generation(tmp_path, *lora, "--save_merged_model", str(merged)))
+    guided = ("--guidance_scale", "3")
+    cases = {
+        "plain": (),
+        "task": ("--custom_system_prompt", "the flower of a temple"),
+        "guided": guided,
+        "rescaled": (*guided, "--guidance_rescale", "1"),
+        "lora": lora,
+        "merged": ("--dit", str(merged)),
+        "part": (*lora, "--include_patterns", "single_transformer_blocks"),
+        "none": (*lora, "--include_patterns", "single", "--exclude_patterns", "attn_to|proj_out"),
+    }
+    for name, more in cases.items():
+        musubi("fpack_generate_video", *shop.generation(tmp_path / name, *words, *more))
+    found = {name: latent_of(tmp_path / name) for name in cases}
+    assert torch.equal(found["lora"], found["merged"])
+    for one, other in (("task", "plain"), ("guided", "plain"), ("rescaled", "guided"), ("part", "lora")):
+        assert not torch.equal(found[one], found[other]), one
+    assert not torch.equal(found["none"], found["part"])
+
+
+def test_a_single_picture_by_masked_controls_in_their_shape(cached, tmp_path):
+    """As --of target_index=1 does it; a white mask is none, a black one is an empty control."""
+    start, end = cached.file("start.png"), cached.file("end.png")
+    for name, grey in (("black", 0), ("white", 255)):
+        Image.new("L", (64, 64), grey).save(tmp_path / f"{name}.png")
+    photo("astronaut.png").save(tmp_path / "square.png")
+    square = str(tmp_path / "square.png")
+    words = ("--prompt", "a red roof", "--image_path", start, "--control_image_path", square, end)
+    words += ("--one_frame_inference", "target_index=1,control_index=0;10,no_post,no_2x,no_4x", "--output_type", "both")
+    masks = {"plain": (), "white": ("white", "white"), "black": ("white", "black"), "shape": ("white",)}
+    for name, files in masks.items():
+        more = ("--control_image_mask_path", *(str(tmp_path / f"{file}.png") for file in files)) if files else ()
+        more += ("--one_frame_auto_resize",) if name == "shape" else ()
+        musubi("fpack_generate_video", *cached.generation(tmp_path / name, *words, *more))
+    plain, white, black = (latent_of(tmp_path / name) for name in ("plain", "white", "black"))
+    assert torch.equal(plain, white)
+    assert not torch.equal(plain, black)
+    with Image.open(next((tmp_path / "shape").glob("*.png"))) as made:
+        assert made.size == (32, 48), "of 48 x 32, 32 x 48 and what else has this area, the nearest to a square"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--magcache_mag_ratios 1.00000,1.26562,1.08594,1.02344,1.00781,1.01562,1.01562,1.03125,1.04688,1.00781,1.03125,"
+        "1.00000,1.01562,1.01562,1.02344,1.01562,0.98438,1.05469,0.98438,0.97266,1.03125,0.96875,0.93359,0.95703,0.77734",
+        "--magcache_retention_ratio 0.2 --magcache_threshold 0.24 --magcache_k 6",
+        "--magcache_calibration",
+        "--magcache_mag_ratios 0",
+    ],
+)
+def test_the_lines_of_the_page_run_from_the_scripts_folder(cached, tmp_path, monkeypatch, caplog, words):
+    """`python fpack_generate_video.py ...` as it stands there, with the paths and sizes that the page leaves out."""
+    rest = cached.generation(tmp_path, "--prompt", "a red roof", "--image_path", cached.file("start.png"))
+    rest += ["--video_sections", "1", "--infer_steps", "25", "--output_type", "latent"]
+    monkeypatch.chdir(ROOT / "src" / "musubi_tuner")
+    monkeypatch.setattr(sys, "argv", ["fpack_generate_video.py", *words.split(), *rest])
+    monkeypatch.setattr(sys, "path", [str(ROOT / "src" / "musubi_tuner"), *sys.path])
+    with caplog.at_level(logging.INFO), pytest.raises(SystemExit) as ended:
+        runpy.run_path("fpack_generate_video.py", run_name="__main__")
+    assert ended.value.code == 0
+    assert latent_of(tmp_path).isfinite().all()
+    named = ("musubi_tuner.fpack_generate_video", "Copy and paste following values to --magcache_mag_ratios")
+    found = [r.name for r in caplog.records if r.getMessage().startswith(named[1])]
+    assert found == ([named[0]] if "calibration" in words else [])
 
 
 @pytest.mark.shows("one_frame", "one_frame_no_2x", "one_frame_no_4x")

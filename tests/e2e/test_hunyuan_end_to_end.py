@@ -1,6 +1,7 @@
-"""The main job on a tiny HunyuanVideo, through the real commands, on pictures and a clip: caches, LoRA, samples."""
+"""The main job on a tiny HunyuanVideo, through the real commands, on photographs and a video: caches, LoRA, samples."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from golden_data import golden
 from musubi_tuner import cli
-from musubi_tuner.sampling.outputs import write_video
+from real_media import CLIPS
 from tiny_encoders import save_clip, save_llama
 from tiny_models import tiny_dit
 
@@ -62,6 +63,7 @@ class Shop:
 
 
 LORA = ("--fp8_base", "--fp8_scaled", "--network_module", "networks.lora", "--network_dim", "4", "--network_alpha", "4")
+TWO = ("--max_train_epochs", "2", "--save_every_n_epochs", "1", "--save_state")
 
 
 def musubi(command: str, *words: str) -> None:
@@ -71,7 +73,7 @@ def musubi(command: str, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def shop(workshop, tmp_path_factory) -> Shop:
-    """Models in their original layouts, five pictures in two shapes, and a clip that moves over a photograph."""
+    """Models in their original layouts, five photographs in two shapes, and a video with its caption."""
     shop = Shop(tmp_path_factory.mktemp("hunyuan"))
     sizes = {"musubi.config": json.dumps({"rope_axes_dims": [8, 12, 12]})}
     for name, channels in (("dit", 16), ("i2v", 32)):
@@ -83,10 +85,9 @@ def shop(workshop, tmp_path_factory) -> Shop:
     )
     save_llama(shop.root)
     save_clip(shop.root)
-    photo = np.asarray(Image.open(workshop.root / "pictures" / "picture 0.png").convert("RGB"))
-    frames = [photo[40:104, 4 * i : 4 * i + 96] for i in range(9)]
-    write_video(shop.root / "clips" / "pan.mp4", torch.from_numpy(np.stack(frames)), 24)
-    (shop.root / "clips" / "pan.txt").write_text("the roof of a temple", encoding="utf-8")
+    (shop.root / "clips").mkdir()
+    (shop.root / "clips" / "carphone.mp4").symlink_to(CLIPS / "carphone_pristine.mp4")
+    (shop.root / "clips" / "carphone.txt").write_text("the roof of a temple", encoding="utf-8")
     shop.root.joinpath("data.toml").write_text(
         f"""
 [general]
@@ -119,15 +120,20 @@ def cached(shop) -> Shop:
 
 @pytest.fixture(scope="module")
 def trained(cached) -> tuple[Shop, str]:
-    """Through the file under src/ and accelerate, as a user starts it, with a preview."""
+    """Two epochs, with a state between them and a preview after each."""
     prompts = cached.root / "prompts.txt"
     prompts.write_text("a red flower --w 32 --h 32 --s 2 --d 7 --g 4.0\n", encoding="utf-8")
+    more = ["--sample_prompts", str(prompts), "--sample_every_n_epochs", "1", "--vae", cached.file("vae.safetensors")]
+    return cached, launch(*cached.training("lora", *LORA, *TWO, *more, *cached.encoders))
+
+
+def launch(*words: str) -> str:
+    """Train through the file under src/ and accelerate, as a user starts it; what it printed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--mixed_precision", "bf16"]
     command += [str(ROOT / "src" / "musubi_tuner" / "hv_train_network.py")]
-    more = ["--sample_prompts", str(prompts), "--sample_every_n_epochs", "1", "--vae", cached.file("vae.safetensors")]
     done = subprocess.run(
-        [*command, *cached.training("lora", *LORA, *more, *cached.encoders)],
+        [*command, *words],
         capture_output=True,
         text=True,
         timeout=300,
@@ -135,7 +141,7 @@ def trained(cached) -> tuple[Shop, str]:
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return cached, done.stderr + done.stdout
+    return done.stderr + done.stdout
 
 
 def test_caches_have_the_established_names_keys_and_dtypes(cached):
@@ -143,15 +149,15 @@ def test_caches_have_the_established_names_keys_and_dtypes(cached):
     pictures = sorted(path.name for path in (cached.root / "cache").iterdir())
     assert pictures[:2] == ["picture 0_0400x0300_hv.safetensors", "picture 0_hv_te.safetensors"]
     assert sorted(path.name for path in cache.iterdir()) == [
-        "pan_00000-005_0096x0064_hv.safetensors",
-        "pan_hv_te.safetensors",
+        "carphone_00000-005_0176x0144_hv.safetensors",
+        "carphone_hv_te.safetensors",
     ]
-    with safe_open(cache / "pan_hv_te.safetensors", "pt") as file:
+    with safe_open(cache / "carphone_hv_te.safetensors", "pt") as file:
         found = {key: (file.get_slice(key).get_shape(), file.get_slice(key).get_dtype()) for key in file.keys()}  # noqa: SIM118
         assert file.metadata()["architecture"] == "hunyuan_video"
         assert file.metadata()["caption1"] == "the roof of a temple"
     assert found == {"llm_float16": ([256, 32], "F16"), "llm_mask": ([256], "I64"), "clipL_float16": ([64], "F16")}
-    with safe_open(cache / "pan_00000-005_0096x0064_hv.safetensors", "pt") as file:
+    with safe_open(cache / "carphone_00000-005_0176x0144_hv.safetensors", "pt") as file:
         (key,) = file.keys()
         assert file.metadata()["frame_count"] == "5"
         assert file.get_slice(key).get_shape()[:2] == [16, 2]
@@ -182,16 +188,14 @@ def test_training_writes_a_lora_of_the_established_form(trained):
     assert all(value.abs().sum() > 0 for value in ups.values())
     assert "20 layers in FP8" in output
     assert output.count("in training the model is told guidance 1,") == 1
-    assert [path.suffix for path in (shop.root / "out" / "sample").iterdir()] == [".png"]
+    assert [path.suffix for path in (shop.root / "out" / "sample").iterdir()] == [".png", ".png"]
 
 
-def test_a_resumed_run_ends_with_the_same_lora_to_the_byte(cached):
-    two = ("--max_train_epochs", "2", "--save_every_n_epochs", "1", "--save_state")
-    musubi("hv_train_network", *cached.training("whole_run", *LORA, *two))
-    state = cached.file("out/whole_run-000001-state")
-    musubi("hv_train_network", *cached.training("resumed", *LORA, *two, "--resume", state))
-    a, b = (load_file(cached.root / "out" / f"{name}.safetensors") for name in ("whole_run", "resumed"))
-    first = load_file(cached.root / "out" / "whole_run-000001.safetensors")
+def test_a_resumed_run_ends_with_the_same_lora_to_the_byte(trained):
+    shop, _ = trained
+    launch(*shop.training("resumed", *LORA, *TWO, "--resume", shop.file("out/lora-000001-state")))
+    a, b = (load_file(shop.root / "out" / f"{name}.safetensors") for name in ("lora", "resumed"))
+    first = load_file(shop.root / "out" / "lora-000001.safetensors")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert any(not torch.equal(a[key], first[key]) for key in a)
@@ -219,6 +223,61 @@ def test_samples_repeat_by_seed_and_change_with_the_lora_and_the_guidance(traine
     assert (plain == picture(tmp_path / "b")).all()
     for name in ("lora", "told", "cfg"):
         assert np.abs(plain - picture(tmp_path / name)).mean() > 0.05, name
+
+
+def test_fast_products_are_close_and_say_how_close(trained, tmp_path, caplog):
+    """--fp8_fast with scaled and plain FP8 weights; every FP8 layer of the model, one line for both branches."""
+    shop, _ = trained
+    latent = ("--video_length", "5", "--output_type", "latent", "--guidance_scale", "3")
+    found = {}
+    for scaled in (("--fp8_scaled",), ()):
+        for fast in (("--fp8_fast",), ()):
+            caplog.clear()
+            folder = tmp_path / "".join(("out", *scaled, *fast))
+            with caplog.at_level(logging.INFO):
+                musubi("hv_generate_video", *shop.generation(folder, *latent, "--fp8", *scaled, *fast))
+            told = [r.getMessage() for r in caplog.records if "FP8 layers multiply" in r.getMessage()]
+            assert len(told) == len(fast)
+            assert not fast or told[0].startswith("20 FP8 layers multiply int8 activations; of a product's norm")
+            (path,) = folder.glob("*.safetensors")
+            found[scaled, fast] = load_file(path)["latent"]
+    for scaled in (("--fp8_scaled",), ()):
+        exact, rounded = found[scaled, ()], found[scaled, ("--fp8_fast",)]
+        # 1 % of each product, times the guidance of 3: 2.6 % measured for both
+        assert 1e-5 < (rounded - exact).norm() / exact.norm() < 0.04, scaled
+
+
+def test_a_merged_model_samples_as_the_lora_does(trained, tmp_path):
+    shop, _ = trained
+    more = ("--video_length", "1", "--output_type", "latent", "--fp8", "--fp8_scaled")
+    lora = ("--lora_weight", shop.file("out/lora.safetensors"), "--lora_multiplier", "0.8")
+    merged = tmp_path / "merged.safetensors"
+    musubi("hv_generate_video", *shop.generation(tmp_path, *lora, "--save_merged_model", str(merged)))
+    musubi("hv_generate_video", *shop.generation(tmp_path / "a", *more, *lora))
+    musubi("hv_generate_video", *shop.generation(tmp_path / "b", *more, "--dit", str(merged)))
+    musubi("hv_generate_video", *shop.generation(tmp_path / "c", *more, *lora, "--exclude_single_blocks"))
+    a, b, c = (load_file(next((tmp_path / name).iterdir()))["latent"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_a_real_video_is_sampled_from(cached, tmp_path):
+    """The weaker, the nearer to the video itself, as its VAE codes it."""
+    from musubi_tuner.families import registry
+    from musubi_tuner.sampling import source_video
+
+    clip = str(CLIPS / "carphone_pristine.mp4")
+    more = ("--video_path", clip, "--video_length", "5", "--output_type", "latent", "--infer_steps", "5")
+    found = {}
+    for strength in ("0.2", "0.6", "1"):
+        musubi("hv_generate_video", *cached.generation(tmp_path / strength, *more, "--strength", strength))
+        found[strength] = load_file(next((tmp_path / strength).iterdir()))["latent"]
+    cpu = torch.device("cpu")
+    vae = registry.get("hunyuan_video").load_vae(cached.file("vae.safetensors"), device=cpu, dtype=torch.float32)
+    source = vae.encode(source_video.read(clip, 5, 32, 32, cpu)[None])[0]
+    apart = [float((latent - source).norm() / source.norm()) for latent in found.values()]
+    assert apart == sorted(apart)
+    assert apart[0] < 0.8 * apart[2]
 
 
 def test_a_video_can_be_played(cached, tmp_path):

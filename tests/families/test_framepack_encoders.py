@@ -23,6 +23,7 @@ from musubi_tuner.families.framepack.options import (
 )
 from musubi_tuner.families.framepack.vae import blended, empty_tower, in_pieces, load_picture_encoder, tower_sizes
 from musubi_tuner.flow import keyed, sections
+from musubi_tuner.nn.text import llama
 from musubi_tuner.sampling import generate as sampling
 from musubi_tuner.weights.reader import Header, TensorInfo
 from real_media import photo
@@ -266,7 +267,7 @@ def test_what_cannot_be_planned_is_refused():
         (VALUES | {"roles": ()}, {}, "give the first frame with --image_path"),
         (VALUES | {"roles": ("control",)}, {}, "give the first frame with --image_path"),
         (VALUES, {"vs": "0"}, "--vs 0: must be a number of sections"),
-        (VALUES | {"prompt": "0:a;;;1:b"}, {}, "a prompt for each section .* is not in this version"),
+        (VALUES | {"prompt": "0:a;;;b"}, {}, "'b': with ;;; each part begins with its section"),
         (VALUES | {"roles": ()}, {"of": "default"}, "or control pictures with --control_image_path"),
     ):
         with pytest.raises(UserError, match=words):
@@ -275,16 +276,16 @@ def test_what_cannot_be_planned_is_refused():
         FAMILY.plan(GenerationOptions(latent_paddings="3,x"), VALUES, {})
 
 
-def made(options, pictures, frames=1 + 4 * 3 * 2):
+def made(options, pictures, frames=1 + 4 * 3 * 2, prompt="x", **said):
     """What a model that answers with 10, 20, 30, ... is told of, and the joined result's first channel."""
     told = []
 
-    def denoise(noise, fields):
-        told.append(fields)
+    def denoise(noise, fields, text):
+        told.append({**fields, "text": text})
         return torch.full_like(noise, 10.0 * len(told))
 
     tools = Tools(denoise, lambda shape: torch.zeros(tuple(shape)))
-    item = Item("x", frames=frames, height=16, width=16)
+    item = Item(prompt, frames=frames, height=16, width=16, said=said)
     return told, FAMILY.generate(options, item, pictures, tools)[0, :, 0, 0].tolist()
 
 
@@ -298,6 +299,43 @@ def test_sections_are_made_from_the_last_to_the_first():
     assert [f["indices"].tolist() for f in told] == [[5, 6], [3, 4], [1, 2]]
     assert [f["clean"][0, :, 0, 0].tolist() for f in told] == [[1, 0], [1, 10], [1, 20]]
     assert told[2]["clean_2x"][0, :, 0, 0].tolist() == [20, 10]
+
+
+@pytest.mark.parametrize("f1", [False, True])
+def test_each_section_has_its_own_text_where_one_is_given(f1):
+    """Three sections, the last one made first unless with F1; what is not named is that of section 0."""
+    options, order = GenerationOptions(latent_window_size=2, f1=f1), 1 if f1 else -1
+    for prompt, texts in (
+        ("0:sit;;;1:jump;;;2:lie", ["sit", "jump", "lie"]),
+        ("0:sit;;;-1:lie", ["sit", "sit", "lie"]),
+        ("1-2: run ;;;0:sit", ["sit", "run", "run"]),
+        ("-1:lie;;;1:jump", ["lie", "jump", "lie"]),
+        ("a cat: it sits", ["a cat: it sits"] * 3),
+    ):
+        told, _ = made(options, pictures(), prompt=prompt)
+        assert [fields["text"] for fields in told] == texts[::order]
+        assert set(texts) == set(FAMILY.texts(prompt))
+
+
+def test_each_section_starts_from_its_own_picture_where_one_is_given():
+    """Section 0's picture begins the video; sections are told of their own and of its features."""
+    starts = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).repeat(16, 1, 2, 2)
+    more = pictures(start=starts, images=torch.tensor([[[5.0]], [[6.0]]]))
+    told, found = made(GenerationOptions(latent_window_size=2), more, image="0:a.png;;;-1:b.png")
+    assert found == [1, 30, 30, 20, 20, 10, 10]
+    assert [f["clean"][0, 0, 0, 0].item() for f in told] == [2, 1, 1]
+    assert [f["image"].item() for f in told] == [6, 5, 5]
+    told, found = made(GenerationOptions(latent_window_size=2, f1=True), more, image="0:a.png;;;1:b.png")
+    assert found[0] == 1
+    assert [f["clean"][0, 0, 0, 0].item() for f in told] == [1, 2, 1]
+
+
+def test_parts_for_no_section_are_told_and_pictures_of_sections_are_remembered(caplog):
+    options = GenerationOptions(video_sections=2)
+    values = VALUES | {"prompt": "0:a;;;5:of nothing", "image": "0:a.png;;;1:b.png", "roles": ("start", "start")}
+    assert FAMILY.plan(options, values, {})["said"] == {"image": "0:a.png;;;1:b.png"}
+    assert "a prompt is for no section of this length: of nothing" in caplog.text
+    assert "a image" not in caplog.text
 
 
 def test_an_end_picture_is_the_future_of_the_last_section():
@@ -333,6 +371,53 @@ def test_a_single_picture_is_made_from_controls_or_the_start():
     options = GenerationOptions(one_frame_inference="control_index=0;10")
     told, _ = made(options, controls, frames=1)
     assert told[0]["clean_indices"].tolist() == [0, 10, 10]
+
+
+def test_masks_say_what_of_a_control_counts(folder):
+    """In a request and in a cache alike: latents times the mask's mean over each cell; the start is whole."""
+    vae = load_vae(folder)
+    files = {"image_encoder": str(folder / "sigclip.safetensors")}
+    ones, mask = torch.ones(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1.0
+    mask[..., 8:12] = 0.5
+    share = torch.tensor([1.0, 0.25]).view(1, 1, 1, 2)
+    pixels = [keyed.normal((3, 1, 16, 16), "mask", n).clamp(-1, 1) for n in range(3)]
+    coded = [vae.encode(p[None])[0] for p in pixels]
+    encoders = FAMILY.load_encoders(GenerationOptions(**files), device=CPU, dtype=torch.float32)
+    roles = ("start", "control", "control")
+    item = Item("x", controls=tuple(pixels), roles=roles, masks=(None, mask, ones), height=16, width=16)
+    ((found,),) = FAMILY.encode_latents([item], vae, encoders)
+    torch.testing.assert_close(found["start"], coded[0])
+    torch.testing.assert_close(found["control"], torch.cat([coded[1] * share, coded[2]], dim=1))
+    encoders = FAMILY.load_encoders(CacheLatentOptions(**files, one_frame=True), device=CPU, dtype=torch.float32)
+    said = {"fp_1f_clean_indices": (0, 10), "fp_1f_no_post": True}
+    item = Item("x", pixels[0], tuple(pixels[1:]), height=16, width=16, masks=(mask, None), said=said)
+    ((entry,),) = FAMILY.encode_latents([item], vae, encoders)
+    torch.testing.assert_close(entry["clean"], torch.cat([coded[1] * share, coded[2]], dim=1))
+
+
+@pytest.mark.shows("custom_system_prompt")
+def test_another_task_of_the_text_encoder_changes_the_features_alone(folder, caplog):
+    """Features are those of the caption's own tokens after the other instruction, however long that is."""
+    files = {"text_encoder1": "llava_llama3.safetensors", "text_encoder2": "clip_l.safetensors"}
+    paths = {name: str(folder / file) for name, file in files.items()} | {"text_encoder_dtype": "float32"}
+
+    def encoded(**more):
+        encoders = FAMILY.load_encoders(GenerationOptions(**paths, **more), device=CPU, dtype=torch.float32)
+        return encoders.text.llm, FAMILY.encode_condition([Item("a red roof")], encoders)[0]
+
+    _, usual = encoded()
+    model, other = encoded(custom_system_prompt="the roof of a temple")
+    before = llama.instruction("the roof of a temple")
+    assert "<|start_header_id|>system<|end_header_id|>\n\nthe roof of a temple<|eot_id|>" in before
+    assert torch.equal(usual["mask"], other["mask"])
+    assert torch.equal(usual["pooled"], other["pooled"])
+    assert not torch.equal(usual["text"], other["text"])
+    ids = torch.tensor([model.tokenizer(before + "a red roof" + llama.END).input_ids])
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state[0, len(model.tokenizer(before).input_ids) :]
+    assert torch.equal(other["text"][: len(hidden)], hidden)
+    assert len(hidden) == other["mask"].sum()
 
 
 def test_controls_of_another_size_are_refused(folder):

@@ -11,11 +11,12 @@ from golden_data import REFERENCE, TOLERANCE, distance, fixture_sinusoid, golden
 from musubi_tuner.adapters.attach import attach
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.families import registry
-from musubi_tuner.families.framepack.model import FramePackConfig, FramePackModel, RopeScaling
+from musubi_tuner.families.framepack.model import FramePackConfig, FramePackModel
 from musubi_tuner.families.framepack.options import ModelOptions, TrainedModelOptions
 from musubi_tuner.flow import keyed
 from musubi_tuner.nn.checkpointing import checkpointed
 from musubi_tuner.nn.linear import Fp8Linear
+from musubi_tuner.nn.rope import RopeScaling
 from musubi_tuner.nn.runner import direct
 from musubi_tuner.weights.load import materialize
 from musubi_tuner.weights.policy import Fp8Policy, WeightPolicy

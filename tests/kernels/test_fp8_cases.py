@@ -193,3 +193,16 @@ def test_search_finds_what_the_reference_finds(
             found.append((decoded(q, scale) - w.double()).square().sum())
         assert found[1] <= found[0] * (1 + 1e-5)
         assert found[0] <= found[1] * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
+def test_every_weight_by_every_scale_has_the_code_of_its_quotient(fmt: str, body: str) -> None:
+    """All bfloat16 weights up to a peak, for peaks with every mantissa, at scales large, middling and tiny."""
+    every = torch.arange(1 << 15, dtype=torch.int16).view(torch.bfloat16)
+    peaks = torch.tensor([(1 + m / 128) * 2.0**e for m in range(128) for e in (-100, -1, 60)])
+    for peak in peaks[:: 1 if body == "native-avx512vbmi" else 7].split(16):
+        w = torch.where(every <= peak[:, None], every, 0).bfloat16()
+        w[:, 1::2] *= -1
+        q, scale = quantize_fp8(w, mode="channel", fmt=fmt)
+        wanted = (w.float() / scale.float()).clamp(-LARGEST[fmt], LARGEST[fmt]).to(FP8[fmt])
+        assert torch.equal(q.view(torch.uint8), wanted.view(torch.uint8))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 
-from musubi_kernels import _native, fp8_linear, quantize_fp8
+from musubi_kernels import _native, dequantize_fp8, fp8_linear, fp8_lora_linear, quantize_fp8
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*multi-threaded.*fork.*:DeprecationWarning"  # CPython 3.12's os.fork; forking with threads is the subject
@@ -90,18 +91,43 @@ def test_threads_that_call_at_once_get_their_own_results(native: None, two_threa
     assert wrong == []
 
 
-def test_scratch_stays_below_its_bound(native: None) -> None:
-    """A weight of 13824 x 5120 would be 271 MB dequantised; x of 3,000 rows is packed in parts."""
-    codes = torch.zeros(384, 5120, dtype=torch.uint8)
-    q, scale = codes.view(torch.float8_e4m3fn), torch.ones(384, 80, 1)
-    x = torch.ones(3000, 5120, dtype=torch.bfloat16)
+def test_scratch_stays_below_its_bound(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight of 13824 x 5120 would be 271 MB dequantised in float32; x of 3,000 rows is packed in parts.
 
-    def work() -> None:
-        fp8_linear(x, q, scale)
-        sizes.append(_native.module().scratch_bytes())
+    Each body on a thread of its own, which starts with none: forward, input gradient, LoRA of rank 128, quantise.
+    """
+    tall, wide = (torch.zeros(n, k, dtype=torch.uint8).view(torch.float8_e4m3fn) for n, k in ((6400, 64), (200, 5120)))
+    low = torch.ones(128, 5120).requires_grad_(), torch.zeros(200, 128).requires_grad_()
 
+    def ones(rows: int, columns: int) -> torch.Tensor:
+        return torch.ones(rows, columns, dtype=torch.bfloat16).requires_grad_()
+
+    def quantize(_: int) -> None:
+        for mode in ("block", "channel", "tensor"):
+            dequantize_fp8(*quantize_fp8(torch.ones(8, 13824), mode=mode, search="mse"))
+
+    def branch(rows: int) -> None:
+        y = fp8_lora_linear(ones(rows, 5120), wide, torch.ones(200, 80, 1), None, *low, scale=1.0)
+        y.sum().backward()
+
+    works = {
+        "forward": lambda rows: fp8_linear(ones(rows, 5120), wide, torch.ones(200, 80, 1)),
+        "backward": lambda rows: fp8_linear(ones(rows, 64), tall, torch.ones(6400, 1, 1)).sum().backward(),
+        "branch": branch,
+        "quantise": quantize,
+    }
+    for isa in _native.module().isas():
+        monkeypatch.setenv(_native.ISA_VARIABLE, isa)
+        for name, work in works.items():
+            held = scratch_of(partial(work, 100 if isa == "scalar" else 3000))
+            assert held <= 16 << 20, (isa, name, held)
+            assert held > 0 or name == "quantise"
+
+
+def scratch_of(work: Callable[[], object]) -> int:
+    """Bytes of scratch that a new thread holds after `work`."""
     sizes: list[int] = []
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=lambda: (work(), sizes.append(_native.module().scratch_bytes())))
     thread.start()
     thread.join()
-    assert 0 < sizes[0] <= 16 << 20
+    return sizes[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 
 from kernel_checks import relative
@@ -113,21 +114,26 @@ def test_compile_sees_one_node_and_gives_eager_gradients(which: str) -> None:
     assert products == ours
 
 
-def test_aot_autograd_compiles_forward_and_backward(native: None) -> None:
+def test_aot_autograd_compiles_forward_and_backward_for_any_batch(native: None) -> None:
     t = tensors(torch.float32)
     q = t["q"].view(torch.float8_e4m3fn)
 
     def call(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return fp8_lora_linear(x, q, t["scale"], t["bias"], down, up, scale=0.7).relu()
 
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    grads = []
-    for run in (call, compiled):
-        inputs = [t[name].detach().clone().requires_grad_() for name in ("x", "down", "up")]
-        run(*inputs).square().sum().backward()
-        grads.append([each.grad for each in inputs])
-    for eager, traced in zip(*grads, strict=True):
-        torch.testing.assert_close(traced, eager, rtol=0, atol=0)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=graphs, dynamic=True)
+    for batch in (2, 5, 3):
+        grads = []
+        for run in (call, compiled):
+            x = torch.randn(batch, 3, K, generator=torch.Generator().manual_seed(batch))
+            inputs = [each.detach().clone().requires_grad_() for each in (x, t["down"], t["up"])]
+            run(*inputs).square().sum().backward()
+            grads.append([each.grad for each in inputs])
+        for eager, traced in zip(*grads, strict=True):
+            torch.testing.assert_close(traced, eager, rtol=0, atol=0)
+    assert graphs.frame_count == 1, "one graph for all batches"
 
 
 def held(call: object) -> dict[int, tuple[int, torch.dtype]]:
@@ -156,6 +162,15 @@ def test_autograd_holds_fp8_bytes_and_scales_only(body: str) -> None:
     branch = held(lambda: fp8_lora_linear(x, q, scale, None, down, up, scale=1.0))
     small = 2 * x.numel() + 2 * m * rank + 4 * (down.numel() + up.numel())
     assert sum(size for size, _ in branch.values()) == weights + small
+
+
+def test_a_dense_weights_branch_holds_its_small_tensors_only() -> None:
+    n, k, m, rank = 256, 512, 48, 4
+    w, x = torch.randn(n, k).bfloat16(), torch.randn(m, k).bfloat16().requires_grad_()
+    down, up = torch.zeros(rank, k).requires_grad_(), torch.zeros(n, rank).requires_grad_()
+    kept = held(lambda: lora_linear(x, w, None, down, up, scale=1.0))
+    assert kept.pop(w.untyped_storage().data_ptr())[0] == w.nbytes
+    assert sum(size for size, _ in kept.values()) == x.nbytes + 2 * m * rank + down.nbytes + up.nbytes
 
 
 def test_quantised_activations_are_not_held() -> None:

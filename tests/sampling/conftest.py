@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from musubi_tuner.config.options import option, parse
 from musubi_tuner.families.base import (
     AdapterTargets,
     CacheField,
@@ -16,6 +18,7 @@ from musubi_tuner.families.base import (
     SamplingDefaults,
 )
 from musubi_tuner.nn.runner import direct
+from musubi_tuner.sampling import generate
 
 SPEC = FamilySpec(
     name="toy",
@@ -128,3 +131,53 @@ def toy() -> SimpleNamespace:
     return SimpleNamespace(
         SPEC=SPEC, Dit=ToyDit, Family=ToyFamily, Vae=ToyVae, Encoders=ToyEncoders, number_of=number_of
     )
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """Toy encoder"""
+
+    words: str = option("", help="nothing")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Toy model"""
+
+    task: str = option("t", help="task")
+
+
+@pytest.fixture
+def world(tmp_path, toy):
+    """Files of a toy model, and a function that runs the command on them."""
+    save_file({"blocks.0.gain.weight": torch.full((1, 1), 0.7)}, tmp_path / "dit.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "vae.safetensors")
+
+    class Loaded(toy.Family):
+        loaded: tuple[str, ...] = ()
+
+        def option_groups(self, command):
+            return (EncoderOptions, TaskOptions)
+
+        def load_encoders(self, options, *, device, dtype):
+            assert isinstance(options, EncoderOptions)
+            self.loaded += ("encoders",)
+            return super().load_encoders(options, device=device, dtype=dtype)
+
+        def load_vae(self, path, *, device, dtype, options=None):
+            self.loaded += ("vae",)
+            return super().load_vae(path, device=device, dtype=dtype)
+
+    family = Loaded()
+
+    def run(*words, dit=True, vae=True):
+        argv = ["--save_path", str(tmp_path / "out"), "--device", "cpu"]
+        argv += ["--dit", str(tmp_path / "dit.safetensors")] if dit else []
+        argv += ["--vae", str(tmp_path / "vae.safetensors")] if vae else []
+        argv += map(str, words)
+        groups = (*generate.GROUPS, *family.option_groups("generate"))
+        generate.run(family, parse(groups, argv, prog="generate", description=""))
+        return sorted((tmp_path / "out").iterdir())
+
+    run.family, run.folder = family, tmp_path
+    return run

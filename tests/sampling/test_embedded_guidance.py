@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from musubi_tuner.config.options import parse
-from musubi_tuner.sampling import generate
+from musubi_tuner.sampling import asked, generate
 from musubi_tuner.sampling.pipeline import Sampler
 from musubi_tuner.sampling.prompts import parse_line
 from musubi_tuner.sampling.request import Request
@@ -34,7 +34,7 @@ def told(toy):
 
 def requests_of(family, *words):
     argv = ["--save_path", "x", *words]
-    return generate.make_requests(family, parse(generate.GROUPS, argv, prog="generate", description=""))
+    return asked.make_requests(family, parse(generate.GROUPS, argv, prog="generate", description=""))
 
 
 @pytest.mark.shows("embedded_cfg_scale")

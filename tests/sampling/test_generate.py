@@ -2,7 +2,6 @@
 
 import logging
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,62 +9,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.config.options import option, parse
 from musubi_tuner.flow import solvers
-from musubi_tuner.sampling import generate, outputs
+from musubi_tuner.sampling import outputs
 from musubi_tuner.sampling.request import Request
 
 GAIN = 0.7
-
-
-@dataclass(frozen=True)
-class EncoderOptions:
-    """Toy encoder"""
-
-    words: str = option("", help="nothing")
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """Toy model"""
-
-    task: str = option("t", help="task")
-
-
-@pytest.fixture
-def world(tmp_path, toy):
-    """Files of a toy model, and a function that runs the command on them."""
-    save_file({"blocks.0.gain.weight": torch.full((1, 1), GAIN)}, tmp_path / "dit.safetensors")
-    save_file({"x": torch.zeros(1)}, tmp_path / "vae.safetensors")
-
-    class Loaded(toy.Family):
-        loaded: tuple[str, ...] = ()
-
-        def option_groups(self, command):
-            return (EncoderOptions, TaskOptions)
-
-        def load_encoders(self, options, *, device, dtype):
-            assert isinstance(options, EncoderOptions)
-            self.loaded += ("encoders",)
-            return super().load_encoders(options, device=device, dtype=dtype)
-
-        def load_vae(self, path, *, device, dtype, options=None):
-            self.loaded += ("vae",)
-            return super().load_vae(path, device=device, dtype=dtype)
-
-    family = Loaded()
-
-    def run(*words, dit=True, vae=True):
-        argv = ["--save_path", str(tmp_path / "out"), "--device", "cpu"]
-        argv += ["--dit", str(tmp_path / "dit.safetensors")] if dit else []
-        argv += ["--vae", str(tmp_path / "vae.safetensors")] if vae else []
-        argv += map(str, words)
-        groups = (*generate.GROUPS, *family.option_groups("generate"))
-        generate.run(family, parse(groups, argv, prog="generate", description=""))
-        return sorted((tmp_path / "out").iterdir())
-
-    run.family, run.folder = family, tmp_path
-    return run
 
 
 def expected(toy, request, gain=GAIN):
@@ -75,7 +23,8 @@ def expected(toy, request, gain=GAIN):
     def velocity(x, t):
         cond = (gain * x + toy.number_of(request.prompt)).tanh() + t
         uncond = (gain * x + toy.number_of(request.negative)).tanh() + t
-        return uncond + request.guidance * (cond - uncond)
+        guided = uncond + request.guidance * (cond - uncond)
+        return guided * (1 - request.rescale + request.rescale * cond.std() / guided.std())
 
     noise = torch.randn(
         3, (request.frames - 1) // 4 + 1, request.height // 8, request.width // 8,
@@ -101,6 +50,7 @@ def test_the_task_fills_in_what_is_not_said(world, toy):
     "fps",
     "infer_steps",
     "guidance_scale",
+    "guidance_rescale",
     "flow_shift",
     "sample_solver",
     "negative_prompt",
@@ -109,11 +59,12 @@ def test_the_task_fills_in_what_is_not_said(world, toy):
 def test_every_option_reaches_the_request(world, toy):
     words = "--video_size 32 64 --video_length 9 --fps 12 --infer_steps 3 --guidance_scale 2 --flow_shift 4"
     words += " --sample_solver dpm++ --seed 4 --output_type latent --negative_prompt blurry --cfg_batch"
+    words += " --guidance_rescale 0.5"
     (path,) = world("--prompt", "a dog", *words.split())
     latents, values = outputs.read_latents(str(path), "toy")
     request = Request(
         "a dog", 4, width=64, height=32, frames=9, fps=12, steps=3, guidance=2.0, shift=4.0, solver="dpm++",
-        negative="blurry",
+        negative="blurry", rescale=0.5,
     )  # fmt: skip
     assert Request(**values) == request
     torch.testing.assert_close(latents, expected(toy, request), rtol=1e-5, atol=1e-6)
@@ -210,6 +161,73 @@ def test_fp8_weights_are_quantised_after_the_merge(world, toy, tmp_path):
     torch.testing.assert_close(latents, expected(toy, Request(**values), gain), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.shows("include_patterns", "exclude_patterns")
+def test_patterns_choose_among_the_keys_of_each_file(world, toy, tmp_path):
+    """The second file's keys are all excluded but for its LoRA; of the first only the included one counts."""
+    first, second = lora(tmp_path / "a.safetensors"), lora(tmp_path / "b.safetensors", down=-0.3)
+    extra = load_file(lora(tmp_path / "c.safetensors", name="lora_unet_blocks_9_gain"))
+    save_file(load_file(first) | extra, first)
+    save_file(load_file(second) | extra, second)
+    (path,) = world(
+        "--prompt", "x", "--seed", "3", "--output_type", "latent", "--strict_lora", "--lora_weight", first, second,
+        "--include_patterns", "blocks_0_", "--exclude_patterns", "", "blocks_9",
+    )  # fmt: skip
+    latents, values = outputs.read_latents(str(path), "toy")
+    gain = GAIN + 2.0 * 0.5 * 0.4 + 2.0 * -0.3 * 0.4
+    torch.testing.assert_close(latents, expected(toy, Request(**values), gain), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="2 values of --include_patterns for 1 files"):
+        world("--prompt", "x", "--lora_weight", first, "--include_patterns", "a", "b")
+
+
+@pytest.mark.shows("exclude_single_blocks")
+@pytest.mark.parametrize("name", ["lora_unet_single_blocks_3_linear1", "transformer.single_transformer_blocks.3.proj"])
+def test_single_stream_blocks_of_a_lora_are_left_out(world, toy, tmp_path, name):
+    path, more = lora(tmp_path / "a.safetensors"), lora(tmp_path / "b.safetensors", name=name)
+    save_file(load_file(path) | load_file(more), path)
+    words = ("--prompt", "x", "--seed", "3", "--output_type", "latent", "--strict_lora", "--lora_weight", path)
+    with pytest.raises(UserError, match="3 entries do not apply"):
+        world(*words)
+    (made,) = world(*words, "--exclude_single_blocks")
+    latents, values = outputs.read_latents(str(made), "toy")
+    torch.testing.assert_close(latents, expected(toy, Request(**values), GAIN + 0.4), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.shows("save_merged_model")
+def test_a_merged_model_is_written_and_nothing_else_is_done(world, toy, tmp_path, caplog):
+    target, words = tmp_path / "merged.safetensors", ("--prompt", "x", "--seed", "3", "--output_type", "latent")
+    with caplog.at_level(logging.INFO):
+        generated = ("--lora_weight", lora(tmp_path / "a.safetensors"), "--lora_multiplier", "0.5")
+        with pytest.raises(FileNotFoundError):
+            world(*words, *generated, "--save_merged_model", target, "--fp8")
+    assert world.family.loaded == ()
+    assert "--fp8 has no effect" in caplog.text
+    assert "1 weights merged with a.safetensors x 0.5" in caplog.text
+    assert load_file(target)["blocks.0.gain.weight"].item() == pytest.approx(GAIN + 0.2)
+    (path,) = world(*words, "--dit", target)
+    latents, values = outputs.read_latents(str(path), "toy")
+    torch.testing.assert_close(latents, expected(toy, Request(**values), GAIN + 0.2), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="name the LoRA files"):
+        world(*words, "--save_merged_model", target)
+
+
+@pytest.mark.shows("fp8_fast")
+def test_fast_fp8_products_are_used_and_their_error_is_told_once(world, monkeypatch, caplog):
+    """The toy's layer is never called, so its own product is asked; what is told is shown in nn/test_fast_products."""
+    fast = []
+
+    def multiply_fast(dit, *, compiled):
+        fast.append((type(dit.blocks[0].gain).__name__, compiled))
+
+    monkeypatch.setattr("musubi_tuner.sampling.assembly.multiply_fast", multiply_fast)
+    words = ("--prompt", "x", "--seed", "3", "--output_type", "latent", "--fp8")
+    world(*words)
+    assert fast == []
+    world(*words, "--fp8_fast")
+    assert fast == [("Fp8Linear", False)]
+    with pytest.raises(UserError, match="--fp8_fast chooses how FP8 weights are multiplied: give --fp8 too"):
+        world(*words[:-1], "--fp8_fast")
+
+
 @pytest.mark.shows("latent_path", "trim_tail_frames")
 def test_stored_latents_are_decoded_without_the_other_models(world, tmp_path):
     (latent,) = world("--prompt", "x", "--seed", "3", "--output_type", "latent", vae=False)
@@ -256,6 +274,9 @@ def test_a_negative_prompt_without_guidance_is_named_as_idle(world, caplog):
     with caplog.at_level(logging.WARNING):
         world("--prompt", "x", "--negative_prompt", "y", "--guidance_scale", "1", "--output_type", "latent")
     assert "--negative_prompt has no effect" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        world("--prompt", "x", "--guidance_rescale", "0.5", "--guidance_scale", "1", "--output_type", "latent")
+    assert "--guidance_rescale has no effect" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import parse
 from musubi_tuner.families import registry
-from musubi_tuner.sampling import generate, outputs
+from musubi_tuner.memory import plan
+from musubi_tuner.sampling import assembly, generate, outputs
+from swap_stand_in import StandIn
 
 GOLDEN = Path(__file__).parents[1] / "data" / "reference" / "golden"
 DIT = {"num_heads": 3, "text_len": 10}
@@ -143,8 +145,8 @@ def test_compiled_blocks_sample_the_same(run, monkeypatch, caplog):
     from torch._dynamo.utils import counters
 
     made = []
-    compiler = generate.compile_blocks
-    monkeypatch.setattr(generate, "compile_blocks", lambda *given: made.append(given[2]) or compiler(*given))
+    compiler = assembly.compile_blocks
+    monkeypatch.setattr(assembly, "compile_blocks", lambda *given: made.append(given[2]) or compiler(*given))
     words = ("--prompt", "a red seven", "--video_length", "1", "--output_type", "latent", "--attn_mode", "torch")
     plain = latents_of(run(*words, folder="plain"))
     assert made == []
@@ -157,7 +159,7 @@ def test_compiled_blocks_sample_the_same(run, monkeypatch, caplog):
     old = ("--compile", "--compile_args", "eager", "max-autotune-no-cudagraphs", "False", "True")
     with pytest.raises(UserError, match="True or False"):
         run(*words, *old[:-1], "yes", folder="b")
-    monkeypatch.setattr(generate, "compile_blocks", lambda _dit, _lists, settings: made.append(settings))
+    monkeypatch.setattr(assembly, "compile_blocks", lambda _dit, _lists, settings: made.append(settings))
     run(*words, *old, folder="c")
     run(*words, "--dynamo_backend", "EAGER", folder="d")
     run(*words, *old[1:], folder="e")
@@ -168,3 +170,26 @@ def test_compiled_blocks_sample_the_same(run, monkeypatch, caplog):
     ]
     assert "--compile_args has no effect without --compile" in caplog.text
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("more", [(), ("--fp8", "--fp8_scaled"), ("--magcache_mag_ratios", "1,0.9,0.95")])
+def test_swapped_blocks_sample_the_same(run, monkeypatch, caplog, more):
+    """On a stand-in for a device: both branches of guidance, FP8, skipped steps, and the terminal's prompts."""
+    devices = []
+
+    def stand_in(_device, *, pinned):
+        devices.append(StandIn(pinned=pinned))
+        return devices[-1]
+
+    words = ("--prompt", "a red seven", "--video_length", "1", "--output_type", "latent", *more)
+    expected = latents_of(run(*words, folder="plain"))
+    run(*words, "--blocks_to_swap", "1", folder="cpu")
+    assert "blocks_to_swap has no effect on cpu, where all weights are in host memory already" in caplog.text
+    monkeypatch.setattr(plan, "has_lanes", lambda _: True)
+    monkeypatch.setattr(plan, "lanes_for", stand_in)
+    swap = ("--blocks_to_swap", "1", "--block_swap_ring_size", "1", "--img_in_txt_in_offloading")
+    assert torch.equal(latents_of(run(*words, *swap, folder="swapped")), expected)
+    assert len(devices[-1].slots) == 1
+    assert len(devices[-1].copies) > 3
+    with pytest.raises(UserError, match=r"blocks_to_swap = 9: this model has \d blocks, and one of each must stay"):
+        run(*words, "--blocks_to_swap", "9", folder="many")

@@ -24,6 +24,18 @@ def test_guidance_extrapolates_from_without_to_with(scale):
     torch.testing.assert_close(got, (1 - scale) * unconditional(X, 0.25) + scale * conditional(X, 0.25))
 
 
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_rescaled_guidance_has_the_spread_of_the_prompt_alone(share):
+    """Each sample by its own standard deviations (Lin et al. 2023, section 3.4)."""
+    x = X + torch.tensor([0.0, 3.0]).view(2, 1, 1, 1, 1)
+    plain = guidance.classifier_free(conditional, unconditional, guidance.Guide((4.5,)))(x, 0.25)
+    got = guidance.classifier_free(conditional, unconditional, guidance.Guide((4.5,), rescale=share))(x, 0.25)
+    for n in range(2):
+        factor = conditional(x, 0.25)[n].std() / plain[n].std()
+        torch.testing.assert_close(got[n], share * factor * plain[n] + (1 - share) * plain[n])
+    assert not torch.allclose(got, plain, rtol=0.05)
+
+
 def test_one_call_of_twice_the_batch_gives_the_same():
     sizes = []
 
@@ -35,6 +47,9 @@ def test_one_call_of_twice_the_batch_gives_the_same():
     joint = guidance.classifier_free_joint(both, guidance.Guide((4.5,)))(X, 0.25)
     assert sizes == [4]
     assert torch.equal(joint, guidance.classifier_free(conditional, unconditional, guidance.Guide((4.5,)))(X, 0.25))
+    rescaled = guidance.Guide((4.5,), rescale=0.5)
+    joint = guidance.classifier_free_joint(both, rescaled)(X, 0.25)
+    assert torch.equal(joint, guidance.classifier_free(conditional, unconditional, rescaled)(X, 0.25))
 
 
 def test_conditioning_moves_with_its_nesting():

@@ -43,13 +43,17 @@ def test_options_of_other_models_are_named_and_not_lost_silently():
 
 
 def test_pictures_and_what_only_some_families_understand(tmp_path):
-    line = parse_line("x --i a b.png --ei e.png --ci c.png --ci d.png --cn c.mp4 --vs 3 --of target_index=1,no_post")
+    line = parse_line(
+        "x --i a b.png --ei e.png --ci c.png --ci d.png --cim m.png --cn c.mp4 --vs 3 --of target_index=1,no_post"
+    )
     assert line.control == "c.mp4"
     assert (line.image, line.end_image, line.control_images) == ("a b.png", "e.png", ("c.png", "d.png"))
+    assert line.control_masks == ("m.png",)
     assert line.said == {"vs": "3", "of": "target_index=1,no_post"}
-    table = '[{"prompt": "x", "image_path": "a.png", "control_image_path": "c.png", "one_frame": "default"}]'
+    table = '[{"prompt": "x", "image_path": "a.png", "control_image_path": "c.png", "one_frame": "default", '
+    table += '"control_image_mask_path": ["m.png"]}]'
     (entry,) = read_prompts(write(tmp_path, "p.json", table))
-    assert entry.given() == {"prompt": "x", "image": "a.png", "control_images": ("c.png",)}
+    assert entry.given() == {"prompt": "x", "image": "a.png", "control_images": ("c.png",), "control_masks": ("m.png",)}
     assert entry.said == {"of": "default"}
     with pytest.raises(UserError, match="control_image_path = 3: must be the path of a picture, or a list of them"):
         read_prompts(write(tmp_path, "q.json", '[{"prompt": "x", "control_image_path": 3}]'))

@@ -5,6 +5,7 @@ one JSON line:
     {"place": ..., "out": ..., "words": [...]}  ->  {"pid": ...}     a run. "sync": n: it kills itself at its n-th
                                                                      fsync; "env": {...}: with these variables;
                                                                      "script": a file to run with `words` instead
+    {"peek": pid}                               ->  {"ended": ...}   whether it has ended
     {"wait": pid}                               ->  {"status": ...}  as os.waitpid tells
 """
 
@@ -34,6 +35,9 @@ def main() -> None:
         asked = json.loads(line)
         if "wait" in asked:
             answer = {"status": os.waitpid(asked["wait"], 0)[1]}
+        elif "peek" in asked:
+            found = os.waitid(os.P_PID, asked["peek"], os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            answer = {"ended": found is not None}
         else:
             pid = os.fork()
             if pid == 0:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,12 @@ def test_folder_and_name_are_checked_before_a_run(tmp_path):
     for wrong in ("", "a/b", ".."):
         with pytest.raises(UserError, match="plain file name"):
             output_name(wrong)
+
+
+def test_processes_of_one_run_do_not_disturb_each_others_look_at_the_folder(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(output_folder, [str(tmp_path)] * 400)) == {tmp_path}
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_metadata_survives_as_text(tmp_path):

@@ -20,7 +20,7 @@ from musubi_tuner.data.batches import CachedBatches
 from musubi_tuner.flow import weighting
 from musubi_tuner.flow.timesteps import Distribution, TimestepShape, distribution
 from musubi_tuner.optim.schedules import curve
-from musubi_tuner.training import checks, run
+from musubi_tuner.training import assemble, checks, run
 from musubi_tuner.training.loop import Plan, Rate
 from musubi_tuner.training.machine import MachineOptions, prepare_machine
 from musubi_tuner.training.step import Step
@@ -76,7 +76,7 @@ def made(place, tmp_path, monkeypatch):
             raise _StopHere
 
         monkeypatch.setattr(run, "train", instead)
-        monkeypatch.setattr(run, "compile_blocks", lambda _dit, _lists, settings: seen.update(compiled=settings))
+        monkeypatch.setattr(assemble, "compile_blocks", lambda _dit, _lists, settings: seen.update(compiled=settings))
         with pytest.raises(_StopHere):
             run.run(FAMILY, options_of(place, tmp_path / "out", *words))
         return Made(**seen)
@@ -227,8 +227,8 @@ def test_the_adapter_is_as_asked_for(made, caplog):
 
 @pytest.mark.shows("gradient_checkpointing", "gradient_checkpointing_cpu_offload")
 def test_checkpointing_runs_the_blocks_again(made, monkeypatch):
-    asked, wrapped = [], run.checkpointed
-    monkeypatch.setattr(run, "checkpointed", lambda r, *, cpu_offload: asked.append(cpu_offload) or wrapped(r))
+    asked, wrapped = [], assemble.checkpointed
+    monkeypatch.setattr(assemble, "checkpointed", lambda r, *, cpu_offload: asked.append(cpu_offload) or wrapped(r))
     counts = []
     once = ["--gradient_checkpointing"]
     for words in ([], once, [*once, "--gradient_checkpointing_cpu_offload"]):

@@ -104,8 +104,7 @@ def test_an_interrupted_run_saves_a_state_once_and_can_go_on(whole, tmp_path, nu
     out = tmp_path / "out"
     words = [*WORDS, "--save_every_n_steps", "100", "--no-save_state"]
     pid = server.start(place, out, words)
-    while not (out / "losses.txt").exists() or not (out / "losses.txt").read_text():
-        time.sleep(0.01)
+    server.first_loss(out, pid)
     os.kill(pid, number)
     os.kill(pid, number)
     signalled = time.monotonic()

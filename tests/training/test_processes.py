@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,31 +14,23 @@ from musubi_tuner.training import runtime
 from musubi_tuner.training.loop import Plan, train
 from musubi_tuner.training.runtime import LocalRuntime, launched
 from musubi_tuner.training.step import KeyedDraws, Step
+from training_server import held_port, launch_variables
 from training_toys import MemorySource, Toy, items_of, noting_gradients
 
 HERE = Path(__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
     """What two launched processes left behind."""
     folder = tmp_path_factory.mktemp("pair")
-    root = HERE.parents[1]
-    paths = os.pathsep.join(str(p) for p in (root / "python", root / "kernels", root / "tests"))
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "two_processes.py"), str(folder)]
-    running = [
-        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    with held_port() as port:
+        shared = {**os.environ, **launch_variables(port.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+        running = [
+            subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)
+        ]
+        assert [process.wait(timeout=300) for process in running] == [0, 0]
     return folder
 
 

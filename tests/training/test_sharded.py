@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from musubi_tuner.training.state import read_manifest, read_optimizer, read_weights
 from tiny_models import TINY
 from training_place import losses_in, make_place, tensors_in
-from training_server import ROOT, Server, free_port
+from training_server import ROOT, Server, held_port
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
 WORDS = ["--full_finetune", "--max_train_epochs", "3", "--save_every_n_steps", "2", "--save_state"]
@@ -147,11 +146,12 @@ def test_the_launch_line_of_the_docs(place, tmp_path):
     """`accelerate launch --use_fsdp --fsdp_version 2`, on CPUs."""
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = "-m accelerate.commands.launch --use_fsdp --fsdp_version 2 --num_processes 2 --num_machines 1"
-    precision = f"--mixed_precision bf16 --dynamo_backend no --main_process_port {free_port()}"
-    script = f"{ROOT}/src/musubi_tuner/wan_train_network.py --full_finetune --max_train_steps 2 --seed 3"
-    command = [sys.executable, *f"{launch} {precision} {script}".split(), "--dit", str(place / "dit.safetensors")]
-    command += ["--dataset_config", str(place / "data.toml"), "--output_dir", str(tmp_path), "--output_name", "x"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    with held_port() as port:
+        precision = f"--mixed_precision bf16 --dynamo_backend no --main_process_port {port.getsockname()[1]}"
+        script = f"{ROOT}/src/musubi_tuner/wan_train_network.py --full_finetune --max_train_steps 2 --seed 3"
+        command = [sys.executable, *f"{launch} {precision} {script}".split(), "--dit", str(place / "dit.safetensors")]
+        command += ["--dataset_config", str(place / "data.toml"), "--output_dir", str(tmp_path), "--output_name", "x"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     assert tensors_in(tmp_path / "x.safetensors").keys() == tensors_in(place / "dit.safetensors").keys()
 
@@ -187,8 +187,7 @@ def test_a_process_without_any_batch_takes_part(server, place, tmp_path):
 def test_a_signal_to_one_process_ends_both(server, place, tmp_path, number, codes):
     out = tmp_path / "out"
     pids = server.pair(place, out, ["--full_finetune", "--max_train_steps", "400"], **FSDP)
-    while not (out / "losses.txt").exists() or not (out / "losses.txt").read_text():
-        time.sleep(0.01)
+    server.first_loss(out, *pids)
     os.kill(pids[1], number)
     assert [server.end(pid) for pid in pids] == codes, (out / "log.txt").read_text()
     log = (out / "log.txt").read_text()

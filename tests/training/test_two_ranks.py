@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -95,8 +94,7 @@ def test_a_signal_to_one_process_ends_both(server, place, tmp_path, number, code
     """A process that is gone is told of and nobody waits for it; one that is asked to end takes the other with it."""
     out = tmp_path / "out"
     pids = server.pair(place, out, ["--max_train_steps", "400"])
-    while not (out / "losses.txt").exists() or not (out / "losses.txt").read_text():
-        time.sleep(0.01)
+    server.first_loss(out, *pids)
     os.kill(pids[1], number)
     assert [server.end(pid) for pid in pids] == codes, (out / "log.txt").read_text()
     log = (out / "log.txt").read_text()
@@ -125,3 +123,19 @@ def test_a_fault_of_one_process_is_told_by_it_and_ends_both(server, tmp_path):
     assert "[rank 1] error: cache " in log
     assert "NaN" in log
     assert "another process of this run has ended" in log
+
+
+def test_two_processes_each_swap_their_blocks(server, place, pair, tmp_path):
+    """On stand-ins for their devices, one in each process; numbers and files are those of a pair without swap."""
+    out = tmp_path / "out"
+    out.mkdir()
+    script = Path(__file__).with_name("swapping_run.py")
+    words = [str(place), str(out), *WORDS, "--blocks_to_swap", "2", "--block_swap_ring_size", "1"]
+    codes = [server.end(pid) for pid in server.pair(place, out, words, script=script)]
+    log = (out / "log.txt").read_text()
+    assert codes == [0, 0], log
+    assert log.count("2 of 3 blocks rest on the host") == 1, "the first process tells"
+    assert log.count("copies to the stand-in: ") == 2
+    assert losses_in(out) == losses_in(pair)
+    a, b = (tensors_in(folder / "study.safetensors") for folder in (pair, out))
+    assert all(torch.equal(a[key], b[key]) for key in a)

@@ -377,3 +377,24 @@ def test_loading_holds_the_final_weights_and_little_more(tmp_path: Path, mebibyt
     assert figures["final"] < 0.53 * figures["read"]
     assert figures["peak"] <= figures["final"] + (64 << 20)
     assert figures["peak"] >= 0.9 * figures["final"]  # the measure sees the weights
+
+
+def test_modules_of_the_host_end_there_whole_and_the_rest_on_the_device(
+    tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """meta stands for a device: what was put there is known by it, and holds no bytes."""
+    given = small_weights()
+    save_file(given, tmp_path / "m.safetensors")
+    monkeypatch.setattr(load, "_require_real", lambda _: None)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tree(shapes_of(given))
+        load_into(model, tmp_path / "m.safetensors", policy=WeightPolicy(dtype), device="meta", host=["blocks.0"])
+        state = model.state_dict()
+        assert {key for key in state if state[key].is_meta} == {"head.weight"}
+        assert all(same_bits(state[key], given[key].to(dtype)) for key in state if key != "head.weight")
+    model = tree(shapes_of(given))
+    load_into(model, tmp_path / "m.safetensors", device="meta", host=["blocks.0.q", "he"])
+    assert [key for key, value in model.state_dict().items() if not value.is_meta] == [
+        "blocks.0.q.weight",
+        "blocks.0.q.bias",
+    ]

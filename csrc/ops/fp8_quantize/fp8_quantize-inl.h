@@ -30,12 +30,14 @@ struct Numbers<Format::e4m3> {
   static constexpr uint32_t largest = 0x43e00000, shift = 20, offset = 120u << 3, normal = 0x3c800000;
   static constexpr uint32_t step = 0x46800000;
   static constexpr float largest_value = 448.0f, step_value = 16384.0f;
+  static constexpr int largest_code = 0x7e;
 };
 template <>
 struct Numbers<Format::e5m2> {
   static constexpr uint32_t largest = 0x47600000, shift = 21, offset = 112u << 2, normal = 0x38800000;
   static constexpr uint32_t step = 0x43000000;
   static constexpr float largest_value = 57344.0f, step_value = 128.0f;
+  static constexpr int largest_code = 0x7b;
 };
 
 inline uint32_t bits_of(float value) {
@@ -71,14 +73,17 @@ inline void floats_from(const void* from, Dtype dtype, int64_t start, int64_t co
   for (; i < count; ++i) out[i] = Vec::one(base, dtype, i);
 }
 
+// The least scale as a scale of this dtype holds it.
+inline float least_scale(Dtype dtype) {
+  alignas(4) char held[4];
+  Vec::put(held, dtype, 0, kSmallestScale);
+  return Vec::one(held, dtype, 0);
+}
+
 // Stores the scale of a group with this peak and gives it back as it was rounded.
 template <Format kFormat>
-float store_scale(const QuantizeTask& task, int64_t group, uint32_t peak) {
+MUSUBI_INLINE float store_scale(const QuantizeTask& task, int64_t group, uint32_t peak, float floor) {
   Vec::put(task.scales, task.scale_dtype, group, float_of(peak) / Numbers<kFormat>::largest_value);
-  float floor = kSmallestScale;
-  alignas(4) char held[4];
-  Vec::put(held, task.scale_dtype, 0, floor);
-  floor = Vec::one(held, task.scale_dtype, 0);
   const float scale = Vec::one(task.scales, task.scale_dtype, group);
   if (!(scale < floor)) return scale;
   Vec::put(task.scales, task.scale_dtype, group, floor);
@@ -246,12 +251,14 @@ template <class Body, Format kFormat>
 void quantize_groups(const QuantizeTask& task) {
   const int64_t per_row = task.w.cols / task.width;
   const int64_t rows = kChunkWeights / task.w.cols + 1;
+  const float floor = least_scale(task.scale_dtype);
   parallel_chunks((task.w.rows + rows - 1) / rows, task.threads, [&](int64_t chunk) {
     for (int64_t r = chunk * rows; r < least(task.w.rows, (chunk + 1) * rows); ++r) {
       const void* const row = row_of(task.w, r);
       for (int64_t g = 0; g < per_row; ++g) {
         const int64_t start = g * task.width, group = r * per_row + g;
-        float scale = store_scale<kFormat>(task, group, Body::peak_bits(row, task.w.dtype, start, task.width));
+        const uint32_t peak = Body::peak_bits(row, task.w.dtype, start, task.width);
+        float scale = store_scale<kFormat>(task, group, peak, floor);
         if (task.search && scale > 0.0f) {
           Search<kFormat> search(task, scale);
           search.add(row, start, task.width);
@@ -276,7 +283,7 @@ void quantize_whole(const QuantizeTask& task) {
   });
   uint32_t peak = 0;
   for (int64_t c = 0; c < chunks; ++c) peak = peaks[c] > peak ? peaks[c] : peak;
-  float scale = store_scale<kFormat>(task, 0, peak);
+  float scale = store_scale<kFormat>(task, 0, peak, least_scale(task.scale_dtype));
   if (task.search && scale > 0.0f) {
     std::vector<Search<kFormat>> parts(static_cast<size_t>(chunks), Search<kFormat>(task, scale));
     parallel_chunks(chunks, task.threads,

@@ -39,7 +39,7 @@ struct WideBody {
       MUSUBI_UNROLL
       for (int j = 0; j < 4; ++j) {
         const __m512 w = Vec::load_as(from, task.w.dtype, i + 16 * j);
-        c[j] = codes_of<kFormat>(narrow ? quotient(w, divisor, inverse) : _mm512_div_ps(w, divisor));
+        c[j] = codes_of<kFormat>(narrow ? quotient(w, divisor, inverse) : _mm512_div_ps(w, divisor), w);
       }
       const __m512i packed = _mm512_packus_epi16(_mm512_packus_epi32(c[0], c[1]), _mm512_packus_epi32(c[2], c[3]));
       const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -64,19 +64,20 @@ struct WideBody {
     return _mm512_fmadd_ps(_mm512_fnmadd_ps(q, s, w), inverse, q);
   }
 
+  // The codes of quotients with the signs of the weights: correcting a quotient of -0 has made it 0.
   template <Format kFormat>
-  static __m512i codes_of(__m512 value) {
+  static __m512i codes_of(__m512 value, __m512 w) {
     using N = Numbers<kFormat>;
     const auto all = [](uint32_t bits) { return _mm512_set1_epi32(static_cast<int>(bits)); };
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i a = _mm512_min_epu32(_mm512_and_si512(bits, all(0x7fffffffu)), all(N::largest));
+    const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(value), all(0x7fffffffu));
+    const __m512i a = _mm512_min_epu32(magnitude, all(N::largest));
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(a, N::shift), all(1));
     const __m512i lifted = _mm512_add_epi32(_mm512_add_epi32(a, all((1u << (N::shift - 1)) - 1)), odd);
     const __m512i rounded = _mm512_sub_epi32(_mm512_srli_epi32(lifted, N::shift), all(N::offset));
     const __m512 shifted = _mm512_add_ps(_mm512_castsi512_ps(a), _mm512_set1_ps(N::step_value));
     const __m512i counted = _mm512_sub_epi32(_mm512_castps_si512(shifted), all(N::step));
     const __m512i size = _mm512_mask_mov_epi32(rounded, _mm512_cmplt_epu32_mask(a, all(N::normal)), counted);
-    return _mm512_ternarylogic_epi32(size, _mm512_srli_epi32(bits, 24), all(0x80), 0xf8);
+    return _mm512_ternarylogic_epi32(size, _mm512_srli_epi32(_mm512_castps_si512(w), 24), all(0x80), 0xf8);
   }
 };
 

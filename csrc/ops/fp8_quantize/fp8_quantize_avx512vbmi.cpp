@@ -4,12 +4,12 @@
 #include "common/vec_avx512.h"
 #include "common/decode_vbmi.h"
 // clang-format on
-#include "ops/fp8_quantize/fp8_dequantize_vbmi-inl.h"
+#include "ops/fp8_quantize/fp8_quantize_vbmi-inl.h"
 
 namespace musubi {
 namespace MUSUBI_ISA {
 
-void quantize(const QuantizeTask& task) { quantize_with<WideBody>(task); }
+void quantize(const QuantizeTask& task) { quantize_with<LookUpBody>(task); }
 
 void dequantize(const DequantizeTask& task) { dequantize_with<TableBody>(task); }
 

@@ -2,6 +2,7 @@
 
 #include "bind.h"
 #include "common/check.h"
+#include "common/pages.h"
 #include "ops/fp8_quantize/fp8_quantize.h"
 
 namespace musubi {
@@ -21,6 +22,7 @@ void quantize(int64_t isa, int64_t threads, int64_t w, int64_t rows, int64_t col
   task.threads = static_cast<int>(threads);
   const QuantizeKernel kernel = quantize_kernel(isa_of(isa));
   pybind11::gil_scoped_release release;
+  prepare_pages(task.codes, rows * cols);
   kernel(task);
 }
 
@@ -34,6 +36,7 @@ void dequantize(int64_t isa, int64_t threads, int64_t codes, int64_t rows, int64
   task.threads = static_cast<int>(threads);
   const DequantizeKernel kernel = dequantize_kernel(isa_of(isa));
   pybind11::gil_scoped_release release;
+  prepare_pages(task.out, rows * cols * size_of(task.out_dtype));
   kernel(task);
 }
 

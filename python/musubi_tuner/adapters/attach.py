@@ -98,7 +98,7 @@ class AdapterSet:
         missing = [path for path in self._slots if path not in found.modules]
         wrong = [*found.unmatched, *found.misfits, *missing]
         for path, factors in found.modules.items():
-            if factors.rank != self._slots[path].rank or factors.diff is not None or factors.diff_b is not None:
+            if factors.rank != self._slots[path].rank or factors.only_merges:
                 wrong.append(f"{path} (rank {factors.rank}, this adapter has {self._slots[path].rank})")
         if wrong:
             raise UserError(
@@ -220,7 +220,7 @@ def attach_tensors(
 ) -> AdapterSet:
     """Put the LoRA of a file beside the weights: targets, ranks and alphas are the file's own.
 
-    strict: what does not apply is an error, else one warning. Whole deltas (`.diff`) can only be merged.
+    strict: what does not apply is an error, else one warning. Whole deltas (`.diff`), LoHa and LoKr can only be merged.
     """
     linears = {
         path: (module.out_features, module.in_features)
@@ -229,9 +229,11 @@ def attach_tensors(
     }
     found = resolve(tensors, linears)
     require_applicable(found, label, linears, strict=strict)
-    whole = [path for path, f in found.modules.items() if f.down is None or f.diff is not None or f.diff_b is not None]
+    whole = [path for path, factors in found.modules.items() if factors.only_merges]
     if whole:
-        raise UserError(f"LoRA {label} holds whole deltas for {some(whole)}: merge it while loading instead")
+        raise UserError(
+            f"LoRA {label} holds whole deltas, LoHa or LoKr for {some(whole)}: merge it while loading instead"
+        )
     args = args or NetworkArgs()
     drops = Dropout(dropout or 0.0, args.rank_dropout, args.module_dropout)
     key = DropoutKey()

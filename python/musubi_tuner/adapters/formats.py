@@ -1,9 +1,9 @@
 """LoRA files as users have them: from the keys of any known spelling to factors by module path.
 
 A key is a module name and a suffix. Suffixes come in pairs of conventions (`lora_down`/`lora_up`, `lora_A`/`lora_B`
-and older ones), with `.alpha`, and `.diff`/`.diff_b` for whole deltas. Names are dotted paths or paths with every dot
-an underscore, behind one of the prefixes that trainers and runtimes use. Underscored names are resolved against the
-model's real paths, never by guessing dots.
+and older ones), with `.alpha`, `.diff`/`.diff_b` for whole deltas, and the factors of LoHa and LoKr (`products`).
+Names are dotted paths or paths with every dot an underscore, behind one of the prefixes that trainers and runtimes use.
+Underscored names are resolved against the model's real paths, never by guessing dots.
 
 What matches no module, or is of a kind that is not read here, is listed; the caller decides what that means.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from musubi_tuner.adapters import products
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.weights.sources import some
 
@@ -37,22 +38,45 @@ _PARTS: Mapping[str, str] = {
     ".alpha": "alpha",
     ".diff": "diff",
     ".diff_b": "diff_b",
+    **{f".{part}": part for part in (*products.PARTS, *products.TUCKER)},
 }
 _SUFFIXES = sorted(_PARTS, key=len, reverse=True)
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet__", PREFIX)
+_PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "lora_unet__",
+    PREFIX,
+    "lycoris_",
+)
 _AXES = 2
 """A weight with factors has at least its two axes, out and in."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """One module's adapter. down `[rank, in]`, up `[out, rank]`; diff and diff_b are added to weight and bias."""
+    """One module's adapter. down `[rank, in]`, up `[out, rank]`; diff and diff_b are added to weight and bias.
+
+    product: of factors of another kind (LoHa, LoKr), which can be merged only.
+    """
 
     down: Tensor | None = None
     up: Tensor | None = None
     alpha: float | None = None
     diff: Tensor | None = None
     diff_b: Tensor | None = None
+    product: products.Product | None = None
+
+    @property
+    def changes_weight(self) -> bool:
+        """False for an adapter of the bias alone."""
+        return self.down is not None or self.diff is not None or self.product is not None
+
+    @property
+    def only_merges(self) -> bool:
+        """True for what a module beside the weight cannot hold: whole deltas, products, biases."""
+        return self.down is None or any(part is not None for part in (self.diff, self.diff_b, self.product))
 
     @property
     def rank(self) -> int:
@@ -71,9 +95,13 @@ class Factors:
             parts.append(self.scale * product.reshape(-1, *self.down.shape[1:]))
         if self.diff is not None:
             parts.append(self.diff[first:last].float())
+        if self.product is not None:
+            if last is None:
+                raise ValueError("rows of a product are asked for by their first and last")
+            parts.append(self.product.rows(first, last))
         if not parts:
             raise ValueError("these factors change no weight")
-        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        return sum(parts[1:], parts[0])
 
 
 @dataclass(frozen=True)
@@ -111,14 +139,18 @@ def resolve(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
     modules: dict[str, Factors] = {}
     misfits: list[str] = []
     for path, found in parts.items():
-        reason = _misfit(found, shapes[path])
-        if reason:
+        alpha = float(found["alpha"]) if "alpha" in found else None
+        try:
+            product = products.product_of(found, alpha, shapes[path])
+            _check_fit(found, shapes[path])
+        except ValueError as reason:
             misfits.append(f"{path} ({reason})")
-        elif found.keys() == {"alpha"}:
+            continue
+        if found.keys() == {"alpha"}:
             unmatched += keys[path]
         else:
-            alpha = float(found["alpha"]) if "alpha" in found else None
-            modules[path] = Factors(found.get("down"), found.get("up"), alpha, found.get("diff"), found.get("diff_b"))
+            down, up, diff, diff_b = (found.get(part) for part in ("down", "up", "diff", "diff_b"))
+            modules[path] = Factors(down, up, alpha, diff, diff_b, product)
     return Resolved(modules, tuple(unmatched), tuple(misfits))
 
 
@@ -144,8 +176,8 @@ def _path_of(name: str, paths: Mapping[str, object], underscored: Mapping[str, s
     return None
 
 
-def _misfit(found: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
-    """Why these tensors do not fit a weight of `shape`, or None."""
+def _check_fit(found: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+    """Raises ValueError with the reason why these tensors do not fit a weight of `shape`."""
     down, up, diff, bias = (found.get(part) for part in ("down", "up", "diff", "diff_b"))
     reason = None
     if (down is None) != (up is None):
@@ -158,7 +190,8 @@ def _misfit(found: Mapping[str, Tensor], shape: tuple[int, ...]) -> str | None:
         reason = f"diff_b {list(bias.shape)} for {shape[0]} outputs"
     elif not all(t.dtype.is_floating_point for name, t in found.items() if name != "alpha"):
         reason = "factors that are not floating point"
-    return reason
+    if reason:
+        raise ValueError(reason)
 
 
 def _is_low_rank(down: Tensor, up: Tensor, shape: tuple[int, ...]) -> bool:

@@ -20,6 +20,8 @@ ALWAYS: Mapping[str, str] = {
     "skip_existing": "caches that are fresh are not made again",
     "keep_cache": "only prune_cache deletes caches",
     "cpu_noise": "noise is drawn on the CPU",
+    "block_swap_h2d_only": "weights that rest on the host are copied to the device and never back",
+    "lycoris": "LoHa and LoKr files are merged as LoRA files are",
     "force_v2_1_time_embedding": "the time embedding is computed once a sample, never for each token",
     "split_uncond": "the two calls of guidance are made one after the other unless cfg_batch joins them",
 }

@@ -51,7 +51,8 @@ class ConfigOptions:
 class Resolved:
     """What `parse` found: group instances by class, sources by option name, warnings for the log.
 
-    `help` or `print_config` is set when the user asked for that text; the caller prints it and stops.
+    `help` or `print_config` is set when the user asked for that text; the caller prints it and stops. `script` is the
+    established name of the command.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Resolved:
         *,
         help: str | None = None,
         print_config: str | None = None,
+        script: str = "",
     ) -> None:
         self._options = dict(options)
         self._values = dict(values)
@@ -70,6 +72,7 @@ class Resolved:
         self.warnings = list(warnings)
         self.help = help
         self.print_config = print_config
+        self.script = script
 
     def __getitem__(self, group: type[G]) -> G:
         """The instance of an option group that the command was parsed with."""
@@ -104,6 +107,7 @@ def parse(
     description: str,
     defaults: Mapping[str, object] | None = None,
     elsewhere: Mapping[str, str | Known] | None = None,
+    script: str = "",
 ) -> Resolved:
     """Read the option file and the command line.
 
@@ -112,6 +116,7 @@ def parse(
         argv: the command line without the program's name.
         prog, description: for the help text.
         defaults: the family's defaults by option name; those of other commands are passed over.
+        script: established name of the command, where it has one.
         elsewhere: names that are accepted and told, in one warning, to have no effect.
 
     Raises:
@@ -138,7 +143,7 @@ def parse(
     shown = None
     if wanted:
         shown = (print_json if wanted == "json" else print_toml)(prog, list(table.options.values()), layers.values)
-    return Resolved(table.options, layers.values, instances, warnings, print_config=shown)
+    return Resolved(table.options, layers.values, instances, warnings, print_config=shown, script=script)
 
 
 def _told(faults: Sequence[str]) -> str:

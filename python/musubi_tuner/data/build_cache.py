@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class VaeOptions:
         choices=tuple(DTYPES),
         parse=_dtype,
     )
+    disable_cudnn_backend: bool = option(False, help="let torch's own CUDA kernels convolve in place of cuDNN's")
 
 
 LATENT_GROUPS: tuple[type, ...] = (CacheOptions, VaeOptions, ViewOptions)
@@ -96,6 +97,10 @@ def cache_latents(family: Family, options: Resolved) -> None:
         raise UserError(f"--vae {vae_file} is not there")
     device, dtype = pick_device(chosen.device), DTYPES[vae_options.vae_dtype]
     own = _family_options(family, options, "cache_latents")
+    if vae_options.disable_cudnn_backend:
+        torch.backends.cudnn.enabled = False
+        if device.type != "cuda":
+            log.warning("disable_cudnn_backend has no effect on %s", device)
     settings = {"vae": option_identity(vae_file), "vae_dtype": vae_options.vae_dtype, **_identities(family, own)}
 
     def load_encode() -> Encode:
@@ -103,7 +108,8 @@ def cache_latents(family: Family, options: Resolved) -> None:
         encoders = family.load_encoders(own[0], device=device, dtype=dtype) if own else None
         return lambda items: family.encode_latents([_moved(item, device) for item in items], vae, encoders)
 
-    _run(family.spec, "latent", chosen, settings, load_encode)
+    with torch.backends.cudnn.flags(enabled=False) if vae_options.disable_cudnn_backend else nullcontext():
+        _run(family.spec, "latent", chosen, settings, load_encode)
 
 
 def cache_text(family: Family, options: Resolved) -> None:

@@ -80,6 +80,16 @@ def read_alpha(path: Path, bucket: Size) -> NDArray[np.uint8] | None:
     return to_bucket(upright.convert("RGB"), bucket)[..., 0]
 
 
+def read_grey(path: Path, bucket: Size) -> NDArray[np.uint8]:
+    """Brightness `[H, W]` of a picture, turned and brought to `bucket` as `read_image`.
+
+    Raises:
+        ValueError: the picture cannot be decoded.
+    """
+    rgb = Image.fromarray(read_image(path, bucket))
+    return np.asarray(rgb.convert("L"))
+
+
 def _why(path: Path, error: Exception) -> str:
     if path.is_file() and path.stat().st_size == 0:
         return "is empty (0 bytes)"

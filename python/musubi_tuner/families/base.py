@@ -131,6 +131,8 @@ class FamilySpec:
     tasks: Mapping[str, SamplingDefaults]
     """`--task` values with their sampling defaults."""
     default_task: str
+    inputs: tuple[str, ...] = ()
+    """Modules of the transformer that make tokens of latents and text, called before the blocks."""
     target_fps: float | None = None
     """Frame rate that training clips are brought to."""
     resolution_step: int = 16
@@ -264,12 +266,13 @@ class Family(Protocol):
 class Tools:
     """What a family that samples in its own way is handed for one request.
 
-    denoise: noise `[C, F, H, W]` and the fields of this run (they join the text's) -> latents of that shape, float32 on
-    the CPU; schedule, solver, guidance and step cache are bound already, and begin anew in each call.
+    denoise: noise `[C, F, H, W]`, the fields of this run (they join the text's) and which of the request's texts it is
+    told -> latents of that shape, float32 on the CPU; schedule, solver, guidance and step cache are bound already, and
+    begin anew in each call.
     draw: standard normal numbers of a shape, from the request's seed, one after the other.
     """
 
-    denoise: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    denoise: Callable[[Tensor, Mapping[str, Tensor], str], Tensor]
     draw: Callable[[Sequence[int]], Tensor]
 
 
@@ -280,9 +283,13 @@ class OwnSampling(Protocol):
     def plan(self, options: Any, values: Mapping[str, Any], said: Mapping[str, str]) -> Mapping[str, Any]:
         """Values of a request (`frames`, `shift`, `solver`, ...) in place of `values`, where None means not given.
 
-        options: the family's first own group of the command. said: what the prompt's entry says to this family alone.
-        Raises UserError for what cannot be made.
+        options: the family's first own group of the command. said: what the prompt's entry says to this family alone;
+        `said` among the values returned joins it. Raises UserError for what cannot be made.
         """
+        ...
+
+    def texts(self, prompt: str) -> Sequence[str]:
+        """The texts that a prompt holds, one for each part of what is sampled; most hold one, themselves."""
         ...
 
     def generate(self, options: Any, item: Item, pictures: Mapping[str, Tensor], tools: Tools) -> Tensor:

@@ -5,6 +5,7 @@ Two facts of published checkpoints' own samplers live here and not in the solver
 to whole thousandths while the solver walks the exact grid, and some begin a hair below 1, where the log-SNR is finite.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,10 @@ class Schedule:
     def __len__(self) -> int:
         return self.times.numel()
 
+    def last(self, steps: int) -> "Schedule":
+        """Its last `steps` steps."""
+        return Schedule(self.sigmas[-steps - 1 :], self.times[-steps:])
+
 
 def shift(t: Tensor, factor: float) -> Tensor:
     """s t / (1 + (s - 1) t): more (s > 1) or fewer (s < 1) steps near noise; 0 and 1 stay (Esser et al. 2024, eq. 23).
@@ -40,6 +45,15 @@ def shift(t: Tensor, factor: float) -> Tensor:
     if not factor > 0:
         raise ValueError(f"flow shift {factor}: must be above 0; 1 leaves the grid even")
     return factor * t / (1 + (factor - 1) * t)
+
+
+def shift_of_length(tokens: float, *, highest: float = math.inf) -> float:
+    """The shift for a sequence of so many tokens: its logarithm is 0.5 at 256 and 1.15 at 4096, on a line.
+
+    highest: shift beyond which it does not grow. Source: the published samplers of several models.
+    """
+    few, many = 256, 4096
+    return min(math.exp(0.5 + (tokens - few) / (many - few) * (1.15 - 0.5)), highest)
 
 
 def linear(steps: int, factor: float, *, top: float = 1.0) -> Schedule:

@@ -46,6 +46,11 @@ class CompileSettings:
     dynamic: bool | None = None
     cache_size_limit: int | None = None
 
+    @property
+    def captures(self) -> bool:
+        """Whether CUDA graphs are made, in which the addresses of weights are fixed."""
+        return self.mode in ("reduce-overhead", "max-autotune") or self.backend == "cudagraphs"
+
 
 @dataclass(frozen=True)
 class CompileOptions:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from musubi_kernels import dequantize_fp8, fp8_linear
+from musubi_kernels import dequantize_fp8, fp8_linear, fp8_linear_dynamic
 
 Mode = Literal["block", "channel", "tensor"]
 Format = Literal["e4m3", "e5m2"]
@@ -40,6 +40,7 @@ class Fp8Linear(nn.Module):
     """y = x @ (weight * scale)^T + bias, `x: [..., in_features] bf16|fp16|fp32`, y in x's dtype.
 
     weight: `[out, in]` float8, scale_weight: see `scale_shape`. Both are on `device` and empty until loaded.
+    fast: round every row of x to 8 bits as well, for products of 8-bit numbers; adds an error.
     """
 
     weight: Tensor
@@ -60,6 +61,7 @@ class Fp8Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        self.fast = False
         shape = (out_features, in_features)
         scales = scale_shape(shape, mode, block_size)
         self.register_buffer("weight", torch.empty(shape, dtype=FP8_DTYPES[fmt], device=device))
@@ -70,7 +72,8 @@ class Fp8Linear(nn.Module):
             self.bias = nn.Parameter(vector, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return fp8_linear(x, self.weight, self.scale_weight, self.bias)
+        product = fp8_linear_dynamic if self.fast else fp8_linear
+        return product(x, self.weight, self.scale_weight, self.bias)
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out, in]` that the product uses."""

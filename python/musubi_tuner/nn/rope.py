@@ -5,6 +5,7 @@ Angles are computed in float64 and kept as a complex table, so that a long video
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,6 +56,18 @@ def told_rotations(times: Tensor, grid: tuple[int, int], dims: Sequence[int], th
     ]
     angles = torch.cat(parts, dim=-1)
     return torch.polar(torch.ones_like(angles), angles)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rows and columns lie `factor` times as far apart where the model is told at least `threshold` (of 1000)."""
+
+    threshold: float
+    factor: float
+
+    def at(self, timestep: Tensor) -> Tensor:
+        """The factor `[B]` of each sample's positions."""
+        return torch.where(timestep >= self.threshold, self.factor, 1.0).to(timestep)
 
 
 def mean_rotations(table: Tensor, factor: int) -> Tensor:

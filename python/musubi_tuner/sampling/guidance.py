@@ -1,6 +1,7 @@
 """Guidance: from a model's branches (with the prompt, without it) to the one velocity that a solver asks for.
 
-    v = v_u + s (v_c - v_u)        classifier-free guidance (Ho & Salimans 2022)
+    v = v_u + s (v_c - v_u)                      classifier-free guidance (Ho & Salimans 2022)
+    v <- (1 - r) v + r v std(v_c) / std(v)       rescaled by r, against too strong contrasts (Lin et al. 2023, 3.4)
 
 A branch is a `Velocity`: the model with its conditioning and its own way of running the blocks, so a step cache lives
 in one branch and never sees another. A combination of branches is a `Velocity` again, that counts its calls: solvers
@@ -57,6 +58,7 @@ class Guide:
 
     layers: blocks that are left out in the steps `skipping`, in the branch without the prompt where `in_uncond`, else
     in a third one that the result is led away from with `away`. every: both branches are called in every step.
+    rescale: r above.
     """
 
     scales: tuple[float, ...]
@@ -65,6 +67,7 @@ class Guide:
     in_uncond: bool = False
     away: float = 0.0
     every: bool = False
+    rescale: float = 0.0
 
     @property
     def guided(self) -> bool:
@@ -72,7 +75,7 @@ class Guide:
         return any(scale != 1.0 for scale in self.scales)
 
 
-def guide_of(chosen: GuidanceSteps, scales: Sequence[float], *, every: bool = False) -> Guide:
+def guide_of(chosen: GuidanceSteps, scales: Sequence[float], *, every: bool = False, rescale: float = 0.0) -> Guide:
     """The guide of a run whose guidance would be `scales`, one a step."""
     steps = len(scales)
     on = applied(chosen.mode, chosen.ratio, steps)
@@ -83,6 +86,7 @@ def guide_of(chosen: GuidanceSteps, scales: Sequence[float], *, every: bool = Fa
         in_uncond=chosen.layer_mode == "uncond",
         away=chosen.scale,
         every=every,
+        rescale=rescale,
     )
 
 
@@ -129,7 +133,7 @@ def classifier_free(
             return v
         leaves_out = skipped is not None and i in guide.skipping
         without = (skipped if leaves_out and guide.in_uncond and skipped else unconditional)(x, t)
-        result = without + scale * (v - without)
+        result = _guided(v, without, scale, guide.rescale)
         if leaves_out and not guide.in_uncond and skipped:
             result = result + guide.away * (v - skipped(x, t))
         return result
@@ -143,9 +147,18 @@ def classifier_free_joint(both: Velocity, guide: Guide) -> Velocity:
 
     def velocity(x: Tensor, t: float) -> Tensor:
         v, without = both(torch.cat([x, x]), t).chunk(2)
-        return without + guide.scales[next(steps)] * (v - without)
+        return _guided(v, without, guide.scales[next(steps)], guide.rescale)
 
     return velocity
+
+
+def _guided(v: Tensor, without: Tensor, scale: float, rescale: float) -> Tensor:
+    guided = without + scale * (v - without)
+    if not rescale:
+        return guided
+    dims = tuple(range(1, v.ndim))
+    spread = v.std(dims, keepdim=True) / guided.std(dims, keepdim=True).clamp(min=torch.finfo(v.dtype).tiny)
+    return guided * (1 - rescale + rescale * spread)
 
 
 def on_device(value: Any, device: torch.device) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.families.base import Dit, Encoders, Family, HighNoise
+from musubi_tuner.families.base import Dit, Encoders, Family, HighNoise, OwnSampling
 from musubi_tuner.memory.placement import release
 from musubi_tuner.nn.attention import set_mode
 from musubi_tuner.nn.experts import Experts, Rest
@@ -36,19 +36,24 @@ Prompts = Mapping[str, Mapping[str, Tensor]]
 """The condition of every prompt by its text, as the family's `encode_condition` makes it, on the CPU."""
 
 
-def captions(requests: Iterable[Request]) -> list[str]:
-    """The distinct texts that `requests` need, in order; negatives only where guidance uses them."""
-    texts = [text for r in requests for text in ((r.prompt, r.negative) if r.guided else (r.prompt,))]
-    return list(dict.fromkeys(texts))
+def captions(family: Family, requests: Iterable[Request]) -> dict[str, Request]:
+    """The distinct texts that `requests` need, in order, each with the first that does; negatives only where guidance
+    uses them."""
+    found: dict[str, Request] = {}
+    for request in requests:
+        texts = family.texts(request.prompt) if isinstance(family, OwnSampling) else (request.prompt,)
+        for text in (*texts, request.negative) if request.guided else texts:
+            found.setdefault(text, request)
+    return found
 
 
 @torch.no_grad()
 def encode(family: Family, encoders: Encoders, requests: Sequence[Request], *, progress: bool = True) -> Prompts:
     """Conditions of every text in `requests`, by loaded encoders."""
     found: dict[str, Mapping[str, Tensor]] = {}
-    wanted = captions(requests)
-    for text in tqdm(wanted, desc="encoding prompts", unit="prompt", disable=not progress or len(wanted) < 4):
-        owner = next(r for r in requests if text in (r.prompt, r.negative))
+    wanted = captions(family, requests)
+    bar = tqdm(wanted.items(), desc="encoding prompts", unit="prompt", disable=not progress or len(wanted) < 4)
+    for text, owner in bar:
         entry = family.encode_condition([owner.item(text)], encoders)[0]
         found[text] = {name: tensor.cpu() for name, tensor in entry.items()}
     return found
@@ -129,17 +134,23 @@ class OpenDit:
         """The t from which on another transformer predicts; None: none does."""
         return None
 
+    @property
+    def moves(self) -> str | None:
+        """The option by which whole transformers come and go."""
+        return None
+
     def load(
         self,
         policy: WeightPolicy,
         device: torch.device,
         *,
+        host: Sequence[str] = (),
         progress: bool = True,
         prepare: Callable[[Dit], None] | None = None,
     ) -> Dit:
         """Fill the transformer, adapters merged before quantisation; in evaluation mode. Call it once.
 
-        prepare: done to the filled transformer.
+        host: paths of modules whose weights stay in host memory. prepare: done to the filled transformer.
         """
         with open_checkpoint(self.path) as checkpoint:
             report = materialize(
@@ -148,6 +159,7 @@ class OpenDit:
                 rename=self.family.rename_dit_key,
                 policy=policy,
                 device=device,
+                host=host,
                 merge=self.merges,
                 progress=progress,
             )
@@ -175,6 +187,10 @@ class OpenExperts:
         return self.plan.boundary
 
     @property
+    def moves(self) -> str | None:
+        return "lazy_loading" if self.plan.lazy else "offload_inactive_dit" if self.plan.offload else None
+
+    @property
     def family(self) -> Family:
         return self.low.family
 
@@ -191,6 +207,7 @@ class OpenExperts:
         policy: WeightPolicy,
         device: torch.device,
         *,
+        host: Sequence[str] = (),
         progress: bool = True,
         prepare: Callable[[Dit], None] | None = None,
     ) -> Dit:
@@ -205,7 +222,7 @@ class OpenExperts:
         def load(opened: OpenDit) -> Dit:
             """One expert; `opened` itself stays empty where its weights are to be forgotten."""
             source = self.again(opened) if self.plan.lazy else opened
-            return source.load(policy, device, progress=progress, prepare=prepare)
+            return source.load(policy, device, host=host, progress=progress, prepare=prepare)
 
         loads = partial(load, self.low), partial(load, self.high)
         return Experts(*loads, boundary=self.plan.boundary, device=device, rest=rest).eval()

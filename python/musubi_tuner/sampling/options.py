@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved, option
-from musubi_tuner.families.base import FamilySpec, SamplingDefaults
+from musubi_tuner.families.base import Family, FamilySpec, HasExperts, HighNoise, SamplingDefaults
 from musubi_tuner.flow.solvers import SOLVERS
 from musubi_tuner.memory.placement import DTYPES, dtype_name
 from musubi_tuner.nn.attention import MODES
@@ -41,6 +42,11 @@ class ModelOptions:
     )
     fp8: bool = option(False, help="keep the transformer's large weights in FP8; without --fp8_scaled by a plain cast")
     fp8_scaled: bool = option(False, help="make the FP8 weights with one scale per 64 values; needs --fp8")
+    fp8_fast: bool = option(
+        False,
+        help="multiply FP8 weights with activations of 8 bits too: faster, with an error that is measured and told "
+        "once; needs --fp8",
+    )
     allow_prequantized: bool = option(False, help="accept an FP8 checkpoint that another tool has made")
     attn_mode: str = option(
         "sdpa",
@@ -58,6 +64,22 @@ class LoraOptions:
 
     lora_weight: tuple[str, ...] = option((), help="LoRA files, merged into the weights while they are loaded")
     lora_multiplier: tuple[float, ...] = option((), help="strength of each LoRA file in turn; 1 where none is given")
+    include_patterns: tuple[str, ...] = option(
+        (),
+        help="for each LoRA file in turn, a regular expression: only keys of the file in which it is found count; an "
+        "empty one says nothing",
+        metavar="PATTERN",
+    )
+    exclude_patterns: tuple[str, ...] = option(
+        (), help="the same for keys that do not count; exclude wins over include", metavar="PATTERN"
+    )
+    exclude_single_blocks: bool = option(False, help="leave what LoRA files hold for single-stream blocks out")
+    save_merged_model: str | None = option(
+        None,
+        help="write the transformer with the LoRA files merged into it, in the checkpoint's own layout and precision "
+        "(or dit_dtype), and stop",
+        metavar="FILE",
+    )
     strict_lora: bool = option(False, help="stop when any module of a LoRA file finds no place, instead of a warning")
 
 
@@ -69,15 +91,33 @@ class PromptOptions:
     negative_prompt: str | None = option(None, help="text to lead away from, where guidance is on; empty if not given")
     from_file: str | None = option(
         None,
-        help="prompt file: one prompt per line with its own --w --h --f --d --s --g --l --fs --n --i --ei --ci --cn",
+        help="prompt file: a prompt a line with its own --w --h --f --d --s --g --l --fs --n --i --ei --ci --cim --cn",
         metavar="FILE",
     )
     interactive: bool = option(False, help="read such lines from the terminal, with the models kept loaded")
     image_path: str | None = option(None, help="picture that the video begins with, or goes on from", metavar="FILE")
     end_image_path: str | None = option(None, help="picture that the video ends with", metavar="FILE")
     control_image_path: tuple[str, ...] = option((), help="control pictures", metavar="FILE")
+    control_image_mask_path: tuple[str, ...] = option(
+        (),
+        help="for each control picture in turn, what of it counts: white; the picture's opacity if not given",
+        metavar="FILE",
+    )
+    one_frame_auto_resize: bool = option(
+        False,
+        help="a single picture takes the shape of its first control (or start) picture, with the area of video_size",
+    )
     control_path: str | None = option(
         None, help="clip that controls frame by frame: a video, or a folder of pictures", metavar="FILE"
+    )
+    video_path: str | None = option(
+        None, help="video to begin from, in place of noise alone; see strength", metavar="FILE"
+    )
+    strength: float = option(
+        0.8,
+        help="with video_path: the part of the steps that are made, 1 for all (nothing of the video is left)",
+        above=0,
+        maximum=1,
     )
     video_size: tuple[int, int] | None = option(
         None, help="height and width in pixels, in this order; the task's if not given", minimum=1
@@ -97,6 +137,12 @@ class SolverOptions:
     )
     guidance_scale: float | None = option(
         None, help="scale of classifier-free guidance; 1 turns it off and halves the time; the task's if not given"
+    )
+    guidance_rescale: float = option(
+        0.0,
+        help="share of guidance's contrast that is taken back to that of the prompt alone, 0 to 1",
+        minimum=0,
+        maximum=1,
     )
     embedded_cfg_scale: float | None = option(
         None, help="guidance that a distilled transformer is told as an input; the task's if not given", minimum=0
@@ -168,3 +214,20 @@ def task_defaults(spec: FamilySpec, options: Resolved) -> SamplingDefaults:
     if task not in spec.tasks:
         raise UserError(f"--task {task}: use one of {', '.join(spec.tasks)}")
     return spec.tasks[task]
+
+
+def own_options(family: Family, options: Resolved) -> Any:
+    """The family's first own group, which its encoders, VAE and sampling are told by; None where it has none."""
+    groups = family.option_groups("generate")
+    return options[groups[0]] if groups else None
+
+
+def model_options(family: Family, options: Resolved) -> Any:
+    """The family's group of the model, which it is built by; None where it has none."""
+    groups = family.option_groups("generate")[1:]
+    return options[groups[0]] if groups else None
+
+
+def high_noise(family: Family, options: Resolved) -> HighNoise | None:
+    """The second transformer that the options name."""
+    return family.high_noise(model_options(family, options)) if isinstance(family, HasExperts) else None

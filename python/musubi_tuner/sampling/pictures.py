@@ -5,7 +5,7 @@ comes for that time only.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.data import images
-from musubi_tuner.families.base import Dit, Encoders, Family, FamilySpec, OwnSampling, Vae
-from musubi_tuner.sampling import control_clip
+from musubi_tuner.data.buckets import Buckets
+from musubi_tuner.families.base import Dit, Encoders, Family, FamilySpec, Item, OwnSampling, Vae
+from musubi_tuner.sampling import control_clip, source_video
 from musubi_tuner.sampling.request import Request
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,8 @@ LoadVae = Callable[[], Vae]
 
 
 def check(request: Request) -> None:
-    """Raises UserError for a picture that is not there or is none, and for a control clip that is too short."""
-    for _, path in request.pictures:
+    """Raises UserError for a picture or a mask that is not there or is none, and for a control clip too short."""
+    for path in (*(path for _, path in request.pictures), *request.control_masks):
         try:
             images.image_size(Path(path).expanduser())
         except ValueError as fault:
@@ -87,14 +88,32 @@ def planned(family: Family, options: Any, values: Mapping[str, Any], said: Mappi
     request = Request(**{name: value for name, value in values.items() if value is not None})
     if isinstance(family, OwnSampling):
         told = {**values, "roles": tuple(role for role, _ in request.pictures)}
-        request = replace(request, said=tuple(sorted(said.items())), **family.plan(options, told, said))
+        plan = dict(family.plan(options, told, said))
+        words = {**said, **plan.pop("said", {})}
+        request = replace(request, said=tuple(sorted(words.items())), **plan)
+    elif sum(role == "start" for role, _ in request.pictures) > 1:
+        raise UserError(f"--image_path {request.image}: this model makes no sections: give one picture")
     check(request)
     return request
 
 
+def size_like(request: Request, spec: FamilySpec) -> dict[str, int] | None:
+    """Width and height with the area of a single picture's request, in the shape of its first control (or start).
+
+    None for a video, and where there is no such picture.
+    """
+    paths = {role: path for role, path in reversed(request.pictures) if role != "end"}
+    if request.frames != 1 or not paths:
+        return None
+    choice = Buckets((request.width, request.height), enabled=True, step=spec.resolution_step)
+    width, height = choice.choose(images.image_size(Path(paths.get("control") or paths["start"]).expanduser()))
+    return {"width": width, "height": height}
+
+
 def unserved(given: Mapping[str, Any], spec: FamilySpec) -> list[str]:
     """Fields of pictures in `given` that this family makes nothing of."""
-    return [name for name, role in FIELDS.items() if given.get(name) and role not in spec.takes_pictures]
+    idle = [name for name, role in FIELDS.items() if given.get(name) and role not in spec.takes_pictures]
+    return [*idle, "control_masks"] if given.get("control_masks") and not spec.control_masks else idle
 
 
 FIELDS = {"image": "start", "end_image": "end", "control_images": "control", "control": "control_clip"}
@@ -108,28 +127,56 @@ def encode(
     requests: Iterable[Request],
     device: torch.device,
 ) -> dict[Request, Mapping[str, Tensor]]:
-    """The fields of every request with pictures or a control; the VAE is loaded only where there is one."""
-    wanted = [request for request in dict.fromkeys(requests) if request.pictures or request.control]
+    """The fields of every request with pictures, a control or a `video`; the VAE is loaded only where there is one."""
+    wanted = [request for request in dict.fromkeys(requests) if request.needs_vae]
     if not wanted:
         return {}
     vae = load_vae()
     found: dict[Request, Mapping[str, Tensor]] = {}
     with torch.no_grad():
         for request in wanted:
-            roles, controls = tuple(role for role, _ in request.pictures), tuple(_read(request, device))
-            if request.control is not None:
-                size = request.frames, request.width, request.height
-                roles, controls = (
-                    (*roles, "control_clip"),
-                    (*controls, control_clip.read(request.control, *size, device)),
-                )
-            item = replace(request.item(request.prompt), controls=controls, roles=roles)
-            entry = family.encode_latents([item], vae, encoders)[0][0]
-            found[request] = {name: tensor.cpu() for name, tensor in entry.items()}
+            entry: Mapping[str, Tensor] = {}
+            if request.pictures or request.control:
+                entry = family.encode_latents([_item(family.spec, request, device)], vae, encoders)[0][0]
+            clip = {} if request.video is None else {"video": _clip(family, request, vae, encoders, device)}
+            found[request] = {name: tensor.cpu() for name, tensor in {**entry, **clip}.items()}
     return found
 
 
-def _read(request: Request, device: torch.device) -> Sequence[Tensor]:
+def _item(spec: FamilySpec, request: Request, device: torch.device) -> Item:
+    """The request with its pictures and control clip, their roles and the masks of its controls."""
+    roles, controls = tuple(role for role, _ in request.pictures), _read(request, device)
+    masks = _masks(request, device) if spec.control_masks else ()
+    if request.control is not None:
+        clip = control_clip.read(request.control, request.frames, request.width, request.height, device)
+        roles, controls, masks = (*roles, "control_clip"), (*controls, clip), (*masks, None) if masks else ()
+    return replace(request.item(request.prompt), controls=controls, roles=roles, masks=masks)
+
+
+def _clip(family: Family, request: Request, vae: Vae, encoders: Encoders | None, device: torch.device) -> Tensor:
+    """Latents of `request.video` in the transformer's scale, encoded as a clip of a dataset is."""
+    size = request.frames, request.width, request.height
+    item = replace(request.item(request.prompt), pixels=source_video.read(str(request.video), *size, device))
+    factor = next(field.factor for field in family.spec.cache_fields if field.name == "latents")
+    return family.encode_latents([item], vae, encoders)[0][0]["latents"].float() * factor
+
+
+def _masks(request: Request, device: torch.device) -> tuple[Tensor | None, ...]:
+    """Of each picture, what counts of it, `[1, 1, H, W]` in [0, 1]: a control's mask, or else its opacity."""
+    files = iter(request.control_masks)
+    size, found = (request.width, request.height), list[Tensor | None]()
+    for role, path in request.pictures:
+        named = next(files, None) if role == "control" else None
+        if named is not None:
+            grey = images.read_grey(Path(named).expanduser(), size)
+        else:
+            grey = images.read_alpha(Path(path).expanduser(), size) if role == "control" else None
+        values = None if grey is None else torch.tensor(grey, dtype=torch.float32, device=device) / 255
+        found.append(None if values is None else values[None, None])
+    return tuple(found)
+
+
+def _read(request: Request, device: torch.device) -> tuple[Tensor, ...]:
     """Each picture `[3, 1, H, W]` in [-1, 1], cropped to the request's size."""
     found = []
     for _, path in request.pictures:

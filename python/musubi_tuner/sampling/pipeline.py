@@ -23,6 +23,7 @@ from musubi_tuner.flow.schedules import Schedule
 from musubi_tuner.flow.solvers import Solve, Velocity
 from musubi_tuner.nn.experts import Experts
 from musubi_tuner.nn.runner import Run, direct
+from musubi_tuner.sampling import source_video
 from musubi_tuner.sampling.guidance import (
     Branch,
     Guide,
@@ -146,12 +147,14 @@ class Sampler:
     ) -> list[Tensor]:
         """Latents of requests that differ in prompt and seed only."""
         first, seen = group[0], [dict(pictures.get(r, {})) for r in group]
+        clips = [found.pop("video") for found in seen] if first.video else []
         kept = [found.pop(KEPT).tolist() if KEPT in found else None for found in seen]
         with_prompt = [{**_entry(r, prompts[r.prompt]), **p} for r, p in zip(group, seen, strict=True)]
         without = [{**_entry(r, prompts[r.negative]), **p} for r, p in zip(group, seen, strict=True) if first.guided]
         frames = [None if of is None else of[0] for of in kept]
         noise = torch.stack([initial_noise(r, self.family.spec, n) for r, n in zip(group, frames, strict=True)])
-        found = self._denoised(first, noise, with_prompt, without, label)
+        begin = torch.stack(clips) if clips else None
+        found = self._denoised(first, noise, with_prompt, without, label, begin=begin)
         return [x if of is None else x[:, of[1] : of[1] + 1] for x, of in zip(found, kept, strict=True)]
 
     def _by_family(
@@ -159,10 +162,10 @@ class Sampler:
     ) -> Tensor:
         """Latents of a request whose family has a loop of its own around `denoise`."""
         draws = torch.Generator().manual_seed(request.seed)
-        with_prompt = _entry(request, prompts[request.prompt])
         without = [_entry(request, prompts[request.negative])] if request.guided else []
 
-        def part(noise: Tensor, fields: Mapping[str, Tensor]) -> Tensor:
+        def part(noise: Tensor, fields: Mapping[str, Tensor], text: str) -> Tensor:
+            with_prompt = _entry(request, prompts[text])
             texts = [{**with_prompt, **fields}], [{**entry, **fields} for entry in without]
             return self._denoised(request, noise[None], *texts, label)[0]
 
@@ -176,10 +179,18 @@ class Sampler:
         with_prompt: Sequence[Mapping[str, Tensor]],
         without: Sequence[Mapping[str, Tensor]],
         label: str | None,
+        *,
+        begin: Tensor | None = None,
     ) -> Tensor:
-        """Latents of `noise: [B, C, F, H, W]` by the settings of `first`, on the CPU."""
+        """Latents of `noise: [B, C, F, H, W]` by the settings of `first`, on the CPU.
+
+        begin: latents of clips to begin from, of that shape.
+        """
         solver, collate = solvers.get(first.solver), self.family.collate
         schedule = solver.schedule(first.steps, first.shift)
+        if begin is not None:
+            schedule = schedule.last(source_video.steps_left(first.steps, first.strength))
+            noise = source_video.begin(begin, noise, schedule)
         guide, joint = self._guide(first, schedule), self.joint and first.guided and self.steps == GuidanceSteps()
         with evaluating(self.dit):
             return denoise(
@@ -202,15 +213,15 @@ class Sampler:
         high = self._high_steps(schedule)
         scales = [first.guidance_high if high_now else first.guidance for high_now in high]
         told = [first.guidance if scale is None else scale for scale in scales]
-        return guide_of(self.steps, told, every=self.cache is not None)
+        return guide_of(self.steps, told, every=self.cache is not None, rescale=first.rescale)
 
     def _make_run(self, schedule: Schedule) -> Callable[[], Run]:
         """Ways of running the blocks, the branch with the prompt first."""
-        cache = self.cache
+        cache, inner = self.cache, self.make_run
         if cache is None:
-            return self.make_run
+            return inner
         branches, switch = count(), sum(self._high_steps(schedule))
-        return lambda: cache.run(len(schedule), branch=next(branches), switch=switch)
+        return lambda: cache.run(len(schedule), inner(), branch=next(branches), switch=switch)
 
     def _high_steps(self, schedule: Schedule) -> list[bool]:
         """The steps in which the transformer for high noise predicts."""

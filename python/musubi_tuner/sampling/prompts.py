@@ -45,6 +45,7 @@ class PromptEntry:
     image: str | None = None
     end_image: str | None = None
     control_images: tuple[str, ...] | None = None
+    control_masks: tuple[str, ...] | None = None
     control: str | None = None
     said: Mapping[str, str] = field(default_factory=dict)
     unserved: tuple[str, ...] = ()
@@ -75,13 +76,16 @@ LINE_OPTIONS: Mapping[str, str] = {
     "i": "image",
     "ei": "end_image",
     "ci": "control_images",
+    "cim": "control_masks",
     "cn": "control",
 }
-"""Options of a line, by the field they set; `l` is the scale of classifier-free guidance, `ci` may come repeatedly."""
+"""Options of a line, by the field they set; `l` is the scale of classifier-free guidance."""
+_LISTS = ("ci", "cim")
+"""Options that may come repeatedly."""
 
 LINE_SAID = ("of", "vs")
 """Options that a family may understand: one-frame settings, number of sections."""
-LINE_UNSERVED = ("im", "cim", "m", "mcrr", "mct", "mck")
+LINE_UNSERVED = ("im", "m", "mcrr", "mct", "mck")
 
 TABLE_KEYS: Mapping[str, str] = {
     "prompt": "prompt",
@@ -98,6 +102,7 @@ TABLE_KEYS: Mapping[str, str] = {
     "image_path": "image",
     "end_image_path": "end_image",
     "control_image_path": "control_images",
+    "control_image_mask_path": "control_masks",
     "control_video_path": "control",
 }
 """Keys of a TOML or JSON entry."""
@@ -105,10 +110,7 @@ TABLE_KEYS: Mapping[str, str] = {
 TABLE_SAID: Mapping[str, str] = {"one_frame": "of", "video_sections": "vs"}
 """Further keys, by the option of a line that they stand for."""
 
-TABLE_UNSERVED = (
-    "enum",
-    "control_image_mask_path",
-)
+TABLE_UNSERVED = ("enum",)
 
 _WHOLE = ("width", "height", "frames", "fps", "seed", "steps")
 
@@ -134,7 +136,7 @@ def parse_line(line: str, where: str = "prompt") -> PromptEntry:
     prompt, *options = re.split(r"(?:^|\s)--(?=[A-Za-z])", line.strip())
     found: dict[str, str] = {}
     said: dict[str, str] = {}
-    controls: list[str] = []
+    lists: dict[str, list[str]] = {}
     unserved = []
     for option in options:
         name, _, value = option.strip().partition(" ")
@@ -147,13 +149,13 @@ def parse_line(line: str, where: str = "prompt") -> PromptEntry:
             raise UserError(f"{where}: --{name} needs a value")
         elif name in LINE_SAID:
             said[name] = value.strip()
-        elif name == "ci":
-            controls.append(value.strip())
+        elif name in _LISTS:
+            lists.setdefault(LINE_OPTIONS[name], []).append(value.strip())
         else:
             found[name] = value.strip()
     values = {LINE_OPTIONS[n]: _value(LINE_OPTIONS[n], v, f"{where}: --{n}") for n, v in _in_order(found, LINE_OPTIONS)}
-    pictures = tuple(controls) or None
-    return PromptEntry(prompt.strip(), where, control_images=pictures, said=said, unserved=tuple(unserved), **values)
+    values |= {field: tuple(paths) for field, paths in lists.items()}
+    return PromptEntry(prompt.strip(), where, said=said, unserved=tuple(unserved), **values)
 
 
 def _lines(name: str, text: str) -> list[PromptEntry]:
@@ -204,7 +206,7 @@ def _in_order(found: Mapping[str, Any], known: Mapping[str, str]) -> list[tuple[
 
 def _value(field: str, value: Any, where: str) -> Any:
     """`value` as the field's type. Raises UserError."""
-    if field == "control_images":
+    if field in ("control_images", "control_masks"):
         paths = (value,) if isinstance(value, str) else value
         if isinstance(paths, (list, tuple)) and all(isinstance(path, str) for path in paths):
             return tuple(paths)

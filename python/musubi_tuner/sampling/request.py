@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.config.section_text import Sectioned
 from musubi_tuner.families.base import FamilySpec, Item, LatentGeometry
 from musubi_tuner.flow.solvers import SOLVERS
 
@@ -23,10 +24,12 @@ class Request:
     """One thing to sample. Raises UserError for values that no family could serve.
 
     guidance: scale of classifier-free guidance; 1 turns it off, and `negative` is then not looked at. guidance_high:
-    the same where a second transformer, for high noise, predicts; None: as `guidance`. shift: of the time grid. solver:
-    a name of `flow.solvers.SOLVERS`. fps: of a written video. embedded_guidance: what the transformer is told, None
-    where it has no such input. image, end_image, control_images: files. control: the file of a clip, or its folder.
-    said: what only the family understands, by the names of a prompt line's options.
+    the same where a second transformer, for high noise, predicts; None: as `guidance`. rescale: of guidance, 0 for
+    none. shift: of the time grid. solver: a name of `flow.solvers.SOLVERS`. fps: of a written video. embedded_guidance:
+    what the transformer is told, None where it has no such input. image, end_image, control_images: files; image may
+    name one for each section. control_masks: files, of the controls in turn. control: the file of a clip, or its
+    folder. video: a file that sampling begins from, at `strength` of the noise. said: what only the family
+    understands, by the names of a prompt line's options.
     """
 
     prompt: str
@@ -44,6 +47,10 @@ class Request:
     image: str | None = None
     end_image: str | None = None
     control_images: tuple[str, ...] = ()
+    control_masks: tuple[str, ...] = ()
+    video: str | None = None
+    strength: float = 1.0
+    rescale: float = 0.0
     guidance_high: float | None = None
     control: str | None = None
     said: tuple[tuple[str, str], ...] = ()
@@ -51,17 +58,24 @@ class Request:
     def __post_init__(self) -> None:
         # a request that comes back from metadata has lists
         object.__setattr__(self, "control_images", tuple(self.control_images))
+        object.__setattr__(self, "control_masks", tuple(self.control_masks))
         object.__setattr__(self, "said", tuple((name, value) for name, value in self.said))
         rules = (
             ("seed", self.seed, 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}"),
             ("steps", self.steps, 1 <= self.steps <= MAX_STEPS, f"1 to {MAX_STEPS}"),
             ("flow shift", self.shift, self.shift > 0, "above 0"),
             ("fps", self.fps, self.fps >= 1, "at least 1"),
+            ("strength", self.strength, 0 < self.strength <= 1, "above 0 and at most 1"),
+            ("guidance rescale", self.rescale, 0 <= self.rescale <= 1, "0 to 1"),
             ("solver", self.solver, self.solver in SOLVERS, f"one of {', '.join(SOLVERS)}"),
         )
         for name, value, fine, allowed in rules:
             if not fine:
                 raise UserError(f"{name} = {value}: must be {allowed}")
+        if len(self.control_masks) > len(self.control_images):
+            raise UserError(
+                f"{len(self.control_masks)} masks for {len(self.control_images)} control pictures: at most one each"
+            )
 
     @property
     def guided(self) -> bool:
@@ -70,9 +84,16 @@ class Request:
 
     @property
     def pictures(self) -> tuple[tuple[str, str], ...]:
-        """(role, file) of each picture: `start`, `end`, `control`."""
-        found = [("start", self.image), ("end", self.end_image), *(("control", path) for path in self.control_images)]
+        """(role, file) of each picture: `start` (one for each section that has its own), `end`, `control`."""
+        starts = Sectioned.parse(self.image).values if self.image else ()
+        found = [*(("start", path) for path in starts), ("end", self.end_image)]
+        found += [("control", path) for path in self.control_images]
         return tuple((role, path) for role, path in found if path)
+
+    @property
+    def needs_vae(self) -> bool:
+        """True where something that comes with the request is encoded."""
+        return bool(self.pictures or self.control or self.video)
 
     def summary(self) -> str:
         """One line for the log."""

@@ -143,13 +143,17 @@ class Calibration:
         self.found.append(rows)
         return _Measuring(rows, inner)
 
-    def tell(self) -> None:
-        """The ratios of each branch, as they are given back with --magcache_mag_ratios."""
+    def tell(self, script: str = "") -> None:
+        """Log the ratios of each branch, as they are given back with --magcache_mag_ratios.
+
+        script: whose logger's name scripts around it look for.
+        """
+        told = logging.getLogger(f"musubi_tuner.{script}") if script else log
         for number, rows in enumerate(self.found):
             means = ",".join(f"{value:.5f}" for value in (1.0, *(round(row[0], 5) for row in rows)))
             which = f" (run {number + 1} of {len(self.found)})" if len(self.found) > 1 else ""
-            log.info("Copy and paste following values to --magcache_mag_ratios argument to use them:%s", which)
-            log.info("%s", means)
+            told.info("Copy and paste following values to --magcache_mag_ratios argument to use them:%s", which)
+            told.info("%s", means)
 
 
 class _Measuring:

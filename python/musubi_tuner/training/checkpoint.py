@@ -10,6 +10,7 @@ whole; when writing fails the message says which earlier ones are.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -221,9 +222,8 @@ def output_folder(path: str) -> Path:
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".musubi-write-test"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # without a name, which the run's other processes could remove
+            pass
     except OSError as fault:
         raise UserError(f"output_dir = {path}: cannot be written ({fault.strerror}); choose another folder") from fault
     return folder

@@ -14,6 +14,7 @@ from musubi_tuner.config.options import Resolved
 from musubi_tuner.data.cached import CachedItem
 from musubi_tuner.families.base import Dit
 from musubi_tuner.flow import timesteps
+from musubi_tuner.memory.plan import SwapOptions, unread
 from musubi_tuner.nn.compiling import CompileOptions, settings_of
 from musubi_tuner.optim.schedules import SCHEDULES
 from musubi_tuner.training.config import (
@@ -143,6 +144,7 @@ def _unread(options: Resolved) -> Iterator[tuple[str, str]]:
     yield from _unread_hub(options[HubOptions])
     yield from _unread_fp8(options[ModelOptions])
     yield from _unread_compile(options[CompileOptions])
+    yield from unread(options[SwapOptions], trained=options[ModelOptions].full_finetune)
     if options[NetworkOptions].dim_from_weights:
         for name in ("network_dim", "network_alpha"):
             yield name, "beside dim_from_weights"

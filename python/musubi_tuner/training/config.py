@@ -14,6 +14,7 @@ from musubi_tuner.flow import timesteps
 from musubi_tuner.flow.timesteps import DISTRIBUTIONS, TimestepShape
 from musubi_tuner.flow.weighting import WEIGHTS
 from musubi_tuner.memory.placement import DTYPES, dtype_name
+from musubi_tuner.memory.plan import SwapOptions
 from musubi_tuner.nn.attention import MODES
 from musubi_tuner.nn.compiling import CompileOptions
 from musubi_tuner.optim.schedules import SCHEDULES, steps_or_ratio
@@ -278,6 +279,7 @@ GROUPS: tuple[type, ...] = (
     NetworkOptions,
     OptimizerOptions,
     RunOptions,
+    SwapOptions,
     CompileOptions,
     TimestepOptions,
     SaveOptions,

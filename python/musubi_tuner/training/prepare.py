@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,8 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
 from musubi_tuner.data.batches import CachedBatches, DataOptions, open_batches
 from musubi_tuner.families.base import Family
+from musubi_tuner.memory.plan import MemoryPlan, SwapOptions, plan_memory, unread
+from musubi_tuner.nn.compiling import CompileOptions, settings_of
 from musubi_tuner.sampling.models import Opened, read_model_config
 from musubi_tuner.sampling.options import task_defaults
 from musubi_tuner.training import checks
@@ -48,6 +51,7 @@ class Setting:
     names: Names
     seed: int
     opened: Opened
+    memory: MemoryPlan
     source: CachedBatches
     plan: Plan
     resume: Resume | None
@@ -73,6 +77,7 @@ def prepare(family: Family, options: Resolved) -> Setting:
     if runtime.sharded:
         _check_sharded(options)
     model_dtype(options[ModelOptions], runtime.dtype)
+    memory = _memory(opened, options, runtime)
     prepare_machine(options[MachineOptions], runtime.device)
     uploads = open_uploads(options[HubOptions]) if runtime.rank == 0 else None
     states = _states(options)
@@ -85,7 +90,25 @@ def prepare(family: Family, options: Resolved) -> Setting:
     rehearse(options[OptimizerOptions], options[TimestepOptions], family.spec, steps=plan.max_steps)
     if runtime.rank == 0 and (left := remove_leftovers(names.folder, names.name)):
         log.info("removed what a killed run left unfinished: %s", ", ".join(path.name for path in left))
-    return Setting(family, options, runtime, names, seed, opened, source, plan, resume, state, uploads)
+    return Setting(family, options, runtime, names, seed, opened, memory, source, plan, resume, state, uploads)
+
+
+def _memory(opened: Opened, options: Resolved, runtime: LocalRuntime) -> MemoryPlan:
+    """Which weights rest on the host. Raises UserError."""
+    chosen, trained = options[SwapOptions], options[ModelOptions].full_finetune
+    device = runtime.device
+    idle = [name for name, _ in unread(chosen, device) if options.given(name)]
+    if idle and chosen.any:
+        log.warning("%s: no effect on %s, where all weights are in host memory already", ", ".join(idle), device)
+    if chosen.blocks_to_swap and trained and runtime.world > 1:
+        raise UserError(
+            f"blocks_to_swap = {chosen.blocks_to_swap} with --full_finetune in {runtime.world} processes: gradients of "
+            "swapped blocks rest on the host, where processes do not meet; use one process, or shards (--use_fsdp)"
+        )
+    spec = opened.family.spec
+    compiling = settings_of(options[CompileOptions], os.environ)
+    shape = (opened.dit, spec.blocks, spec.inputs)
+    return plan_memory(*shape, chosen, device, trained=trained, compiling=compiling, moves=opened.moves)
 
 
 def _states(options: Resolved) -> StateOptions:
@@ -98,6 +121,11 @@ def _states(options: Resolved) -> StateOptions:
 
 def _check_sharded(options: Resolved) -> None:
     """Raises UserError for what a launch with FSDP cannot do."""
+    if options[SwapOptions].any:
+        raise UserError(
+            "the launcher asks for FSDP, which keeps a share of every block on each device: leave out --blocks_to_swap "
+            "and --img_in_txt_in_offloading, or launch without FSDP"
+        )
     if not options[ModelOptions].full_finetune:
         raise UserError(
             "the launcher asks for FSDP, which splits weights that are trained, and an adapter has few: use a plain "

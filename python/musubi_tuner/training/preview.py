@@ -26,6 +26,7 @@ from musubi_tuner.config.options import Resolved
 from musubi_tuner.families.base import Dit, Encoders, Family, HasExperts, OwnSampling, Vae
 from musubi_tuner.flow import keyed
 from musubi_tuner.memory.placement import DTYPES, dtype_name, release
+from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.optim.build import evaluating
 from musubi_tuner.sampling import outputs, pictures
 from musubi_tuner.sampling.models import Prompts, encode_prompts
@@ -148,6 +149,7 @@ class Previews(Quiet):
         encoded: Encoded,
         dit: Dit,
         *,
+        blocks: Run = direct,
         runtime: LocalRuntime,
         show: Show,
         names: Names,
@@ -155,7 +157,9 @@ class Previews(Quiet):
     ) -> None:
         self._when = options[SampleOptions]
         self._encoded, self._show, self._optimizer = encoded, show, optimizer
-        self._sampler = Sampler(family, dit, runtime.device, dtype=runtime.dtype, options=encoded.options)
+        self._sampler = Sampler(
+            family, dit, runtime.device, dtype=runtime.dtype, make_run=lambda: blocks, options=encoded.options
+        )
         self._folder, self._name = names.folder / "sample", names.name
 
     def start(self, state: State) -> None:

@@ -24,6 +24,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved
 from musubi_tuner.data.batches import CachedBatches
 from musubi_tuner.families.base import Family
+from musubi_tuner.memory.plan import SwapOptions
 from musubi_tuner.optim.build import parse_arguments
 from musubi_tuner.training import foreign, shards
 from musubi_tuner.training.config import LogOptions, SampleOptions, SaveOptions
@@ -51,7 +52,7 @@ from musubi_tuner.weights.sources import some
 
 log = logging.getLogger(__name__)
 
-FREE_GROUPS = (SaveOptions, StateOptions, LogOptions, SampleOptions, HubOptions, MachineOptions)
+FREE_GROUPS = (SaveOptions, StateOptions, LogOptions, SampleOptions, HubOptions, MachineOptions, SwapOptions)
 FREE = {
     *("max_train_steps", "max_train_epochs", "seed", "dataset_config", "max_data_loader_n_workers", "strict_cache"),
     *("gradient_checkpointing", "gradient_checkpointing_cpu_offload", "fp8_report", "show_timesteps"),

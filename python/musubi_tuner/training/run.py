@@ -7,26 +7,20 @@ gone before the transformer comes. Every part is a call of its own; this file on
 from __future__ import annotations
 
 import logging
-import os
 from functools import partial
 
 import torch
 
 from musubi_tuner.config.options import Resolved
-from musubi_tuner.families.base import Dit, Family
+from musubi_tuner.families.base import Family
 from musubi_tuner.flow.weighting import WEIGHTS
-from musubi_tuner.nn.checkpointing import checkpointed
-from musubi_tuner.nn.compiling import CompileOptions, compile_blocks, settings_of
-from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.optim.build import described
 from musubi_tuner.training import metadata, preview
+from musubi_tuner.training.assemble import Assembled, assemble
 from musubi_tuner.training.checkpoint import Saver, file_bytes, tell_nobody
 from musubi_tuner.training.config import (
     GROUPS,
-    ModelOptions,
-    NetworkOptions,
     OptimizerOptions,
-    RunOptions,
     SampleOptions,
     SaveOptions,
     TimestepOptions,
@@ -36,15 +30,7 @@ from musubi_tuner.training.events import Observer
 from musubi_tuner.training.interrupts import interruptible
 from musubi_tuner.training.loop import Rate, train
 from musubi_tuner.training.meters import Meters
-from musubi_tuner.training.model import (
-    Trainable,
-    adapter,
-    model_dtype,
-    predictor,
-    report_fp8,
-    weight_policy,
-    whole_model,
-)
+from musubi_tuner.training.model import Trainable, predictor
 from musubi_tuner.training.optimizer import optimizer_and_rate
 from musubi_tuner.training.prepare import Setting, prepare
 from musubi_tuner.training.resume import RunFacts, StateWriter, advance, facts_of, with_departures
@@ -65,20 +51,21 @@ def run(family: Family, options: Resolved) -> None:
     setting = prepare(family, options)
     plan, runtime = setting.plan, setting.runtime
     prompts = _encoded_prompts(setting)
-    dit, trainable = _model(setting)
+    model = assemble(setting)
+    trainable = model.trainable
     optimizer, rate = optimizer_and_rate(
         options[OptimizerOptions], trainable.groups, steps=plan.max_steps, processes=runtime.world
     )
     if rate is None:
         log.warning("%s sets its own rate: lr_scheduler has no effect", type(optimizer).__name__)
     meters = Meters(runtime.device)
-    step = _step(setting, dit, trainable, optimizer, meters)
+    step = _step(setting, model, optimizer, meters)
     facts = _resumed(setting, trainable, step, rate)
     observers = _observers(setting, step, trainable, meters, facts)
     if prompts is not None:
-        observers = _with_previews(setting, observers, prompts, dit, step)
+        observers = _with_previews(setting, observers, prompts, model, step)
     log.info("%d steps, precision %s, on %s", plan.max_steps, runtime.precision, runtime.device)
-    dit.train()
+    model.dit.train()
     watching = observers if runtime.rank == 0 else observers[:1] if runtime.sharded else ()
     with interruptible(runtime) as stop, runtime.speaking():
         train(step, setting.source, plan, rate=rate, observers=watching, state=setting.state, stop=stop)
@@ -106,31 +93,12 @@ def _encoded_prompts(of: Setting) -> preview.Encoded | None:
     return preview.encode(of.family, of.options, device=of.runtime.device, dit=of.opened.dit)
 
 
-def _model(of: Setting) -> tuple[Dit, Trainable]:
-    """The transformer and what of it is trained. Trained weights are float32 whatever the precision of the rest."""
-    model = of.options[ModelOptions]
-    place = torch.device("cpu") if of.runtime.sharded else of.runtime.device
-    dit = of.opened.load(weight_policy(of.family.spec, model, model_dtype(model, of.runtime.dtype)), place)
-    if model.fp8_report and model.fp8_base and of.runtime.rank == 0:
-        report_fp8(dit, of.opened, of.names.folder, of.names.name)
-    rate, kept = of.options[OptimizerOptions].learning_rate, of.options[SaveOptions].dtype
-    if not model.full_finetune:
-        return dit, adapter(dit, of.family.spec, of.options[NetworkOptions], rate=rate, seed=of.seed, save_dtype=kept)
-    parts = model.trainable_modules
-    return dit, whole_model(dit, of.opened, of.runtime, rate=rate, save_dtype=kept, parts=parts)
-
-
-def _step(of: Setting, dit: Dit, trainable: Trainable, optimizer: torch.optim.Optimizer, meters: Meters) -> Step:
-    times, chosen = of.options[TimestepOptions], of.options[RunOptions]
-    blocks: Run = direct
-    if chosen.gradient_checkpointing:
-        blocks = checkpointed(direct, cpu_offload=chosen.gradient_checkpointing_cpu_offload)
-    if (compiling := settings_of(of.options[CompileOptions], os.environ)) is not None:
-        compile_blocks(dit, of.family.spec.blocks, compiling)
+def _step(of: Setting, model: Assembled, optimizer: torch.optim.Optimizer, meters: Meters) -> Step:
+    times, trainable = of.options[TimestepOptions], model.trainable
     trainable.watch(optimizer, meters.put)
     buckets = Buckets.of(times.num_timestep_buckets, [entry.dataset.number for entry in of.source.entries])
     return Step(
-        predict=predictor(of.family, dit, blocks),
+        predict=predictor(of.family, model.dit, model.training),
         parameters=trainable.parameters,
         optimizer=optimizer,
         draws=times.draws(of.seed, trainable.begin_step, buckets, of.opened.boundary),
@@ -178,7 +146,7 @@ def _observers(of: Setting, step: Step, trainable: Trainable, meters: Meters, ru
 
 
 def _with_previews(
-    of: Setting, observers: list[Observer], prompts: preview.Encoded, dit: Dit, step: Step
+    of: Setting, observers: list[Observer], prompts: preview.Encoded, model: Assembled, step: Step
 ) -> list[Observer]:
     """Previews come after the saver and before the tracker closes."""
     show = next((o.show for o in observers if isinstance(o, Tracker)), show_nowhere)
@@ -186,7 +154,8 @@ def _with_previews(
         of.family,
         of.options,
         prompts,
-        dit,
+        model.dit,
+        blocks=model.sampling,
         runtime=of.runtime,
         show=show,
         names=of.names,

@@ -76,11 +76,18 @@ class TextPair:
 
 
 def load_pair(
-    options: PairOptions, *, dtype: torch.dtype, device: torch.device, tokens: int, rows: int, owner: str
+    options: PairOptions,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int,
+    rows: int,
+    owner: str,
+    task: str | None = None,
 ) -> TextPair:
     """Both encoders on `device`. Raises UserError naming the file at fault; `owner` is what needs them.
 
-    tokens: that a caption has at most; longer ones are cut.
+    tokens: that a caption has at most; longer ones are cut. task: another system prompt.
     """
     if not options.text_encoder1 or not options.text_encoder2:
         raise UserError(f"{owner} has two text encoders: name both, with --text_encoder1 and --text_encoder2")
@@ -98,9 +105,11 @@ def load_pair(
     fp8 = Fp8Policy(_LlmWeights()) if options.fp8_llm else None
     pooled, sizes = _loaded(beside2, clip.sizes_from_shapes, tower, WeightPolicy(dtype), device)
     features, _ = _loaded(beside1, llama.sizes_from_shapes, decoder, WeightPolicy(dtype, fp8), device)
-    return TextPair(
-        llama.LlamaText(features, words, tokens), clip.ClipText(pooled, pieces, sizes.max_position_embeddings), rows
+    tokens_of, pooled_of = (
+        llama.LlamaText(features, words, tokens, task),
+        clip.ClipText(pooled, pieces, sizes.max_position_embeddings),
     )
+    return TextPair(tokens_of, pooled_of, rows)
 
 
 def found_files(options: object) -> dict[str, Path]:

@@ -77,6 +77,7 @@ def materialize(
     rename: Rename = same,
     policy: WeightPolicy | None = None,
     device: torch.device | str = "cpu",
+    host: Sequence[str] = (),
     merge: Sequence[Merge] = (),
     progress: bool = True,
 ) -> LoadReport:
@@ -84,6 +85,8 @@ def materialize(
 
     Linears that the policy selects become `nn.linear.Fp8Linear`. All parameters end up frozen
     (`requires_grad=False`); full fine-tuning unfreezes them. Tied parameters stay tied.
+
+    host: paths of modules whose tensors end in host memory; `device` makes them too, a few rows at a time.
 
     Raises UserError for a file that does not fit (missing, unexpected and misshapen tensors in one error), FP8 files
     that the policy does not allow, inf or NaN in a weight to quantise, and everything that `Checkpoint.read` raises.
@@ -93,14 +96,16 @@ def materialize(
     plan = plan_loading(model, checkpoint, rename, policy)
     shapes = {placement.name: placement.info.shape for placement in plan.placements}
     deltas = _bind_all(merge, shapes, frozenset(f"{path}.weight" for path in plan.fp8), plan.placements)
-    loader = _Loader(model, checkpoint, policy, torch.device(device), deltas)
+    places = _Places(torch.device(device), tuple(f"{path}." for path in host))
+    loader = _Loader(model, checkpoint, policy, places, deltas)
     total = sum(placement.info.nbytes for placement in plan.placements)
     file = checkpoint.header.paths[0].name if checkpoint.header.paths else "weights"
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"loading {file}", disable=not progress) as bar:
         for placement in plan.placements:
             loader.place(placement, bar)
     for path in plan.unit_scales:
-        _set(model, (f"{path}.scale_weight",), torch.ones((), device=device))
+        name = f"{path}.scale_weight"
+        _set(model, (name,), torch.ones((), device=places.of(name)))
     _require_real(model)
     return LoadReport(
         tensors=len(plan.placements),
@@ -134,6 +139,17 @@ def _bind_all(
     return deltas
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where tensors end: on `device`, but on the host where their name begins with one of `host`."""
+
+    device: torch.device
+    host: tuple[str, ...]
+
+    def of(self, name: str) -> torch.device:
+        return torch.device("cpu") if name.startswith(self.host) else self.device
+
+
 class _Loader:
     """Puts tensors in their places; owns the staging buffer."""
 
@@ -142,10 +158,11 @@ class _Loader:
         model: nn.Module,
         checkpoint: Checkpoint,
         policy: WeightPolicy,
-        device: torch.device,
+        places: _Places,
         deltas: Mapping[str, list[Delta]],
     ) -> None:
-        self.model, self.checkpoint, self.policy, self.device, self.deltas = model, checkpoint, policy, device, deltas
+        self.model, self.checkpoint, self.policy, self.deltas = model, checkpoint, policy, deltas
+        self.places, self.device = places, places.device
         self._staging = torch.empty(0, dtype=torch.uint8)
 
     def place(self, placement: Placement, bar: Any) -> None:
@@ -153,22 +170,24 @@ class _Loader:
         if placement.quantize:
             assert self.policy.fp8 is not None
             weight, scale = self._quantized(placement, self.policy.fp8, bar)
-            _set(self.model, placement.names, weight)
-            _set(self.model, (placement.name.removesuffix(".weight") + ".scale_weight",), scale)
+            place = self.places.of(placement.name)
+            _set(self.model, placement.names, weight.to(place))
+            _set(self.model, (placement.name.removesuffix(".weight") + ".scale_weight",), scale.to(place))
         else:
             _set(self.model, placement.names, self._cast(placement, bar))
 
     def _cast(self, placement: Placement, bar: Any) -> Tensor:
         """The tensor in the policy's dtype on the device; codes, scales and integers as they are."""
         info = placement.info
-        dtype = self._dtype_for(placement)
-        plain = self.device.type == "cpu" and dtype == info.dtype and placement.name not in self.deltas
+        dtype, place = self._dtype_for(placement), self.places.of(placement.name)
+        plain = place.type == "cpu" and dtype == info.dtype and placement.name not in self.deltas
         if plain or not info.shape:
             out = empty_weight(info.shape, info.dtype, "cpu")
             bar.update(info.nbytes)
-            return self.checkpoint.read(placement.source, out=out).to(self.device, dtype)
-        result = empty_weight(info.shape, dtype, self.device)
-        for first, rows in self._chunks(placement, bar):
+            return self.checkpoint.read(placement.source, out=out).to(place, dtype)
+        result = empty_weight(info.shape, dtype, place)
+        through = self.device if placement.name in self.deltas else place
+        for first, rows in self._chunks(placement, bar, through):
             result[first : first + len(rows)].copy_(rows)
         return result
 
@@ -203,9 +222,10 @@ class _Loader:
     ) -> tuple[Tensor, Tensor] | None:
         """Quantise row chunks into place; None when the chunks' scales do not agree on a dtype."""
         shape = placement.info.shape
-        weight = empty_weight(shape, FP8_DTYPES[fp8.fmt], self.device)
+        place = self.places.of(placement.name)
+        weight = empty_weight(shape, FP8_DTYPES[fp8.fmt], place)
         layout = scale_shape(shape, fp8.mode, fp8.block_size)
-        scales = empty_weight(layout, scale_dtype or placement.info.dtype, self.device)
+        scales = empty_weight(layout, scale_dtype or placement.info.dtype, place)
         agreed = True
         for first, rows in self._chunks(placement, bar):
             codes, scale = _quantize_rows(placement, rows, first, fp8, scale_dtype)
@@ -218,15 +238,20 @@ class _Loader:
         """A cast that saturates; the scale is 1."""
         dtype = FP8_DTYPES[fp8.fmt]
         largest = torch.finfo(dtype).max
-        weight = empty_weight(placement.info.shape, dtype, self.device)
+        weight = empty_weight(placement.info.shape, dtype, self.places.of(placement.name))
         for first, rows in self._chunks(placement, bar):
             _require_finite(placement, rows, first)
             weight[first : first + len(rows)] = rows.float().clamp(-largest, largest).to(dtype)
         return weight
 
-    def _chunks(self, placement: Placement, bar: Any) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) on the device in the file's dtype, adapters merged; valid until the next step."""
-        info = placement.info
+    def _chunks(
+        self, placement: Placement, bar: Any, device: torch.device | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) in the file's dtype, adapters merged, on `device` (None: the loader's).
+
+        Valid until the next step.
+        """
+        info, device = placement.info, device or self.device
         count = info.shape[0]
         row_bytes = info.nbytes // count if count else 0
         step = max(1, CHUNK_BYTES // max(1, row_bytes))
@@ -235,9 +260,9 @@ class _Loader:
         for first in range(0, count, step):
             last = min(first + step, count)
             out = self._staging[: (last - first) * row_bytes].view(info.dtype).view(last - first, *info.shape[1:])
-            rows = self.checkpoint.read(placement.source, slice(first, last), out=out).to(self.device)
+            rows = self.checkpoint.read(placement.source, slice(first, last), out=out).to(device)
             for delta in self.deltas.get(placement.name, ()):
-                rows = rows.float() + delta(first, last).to(self.device)
+                rows = rows.float() + delta(first, last).to(device)
             yield first, rows.to(info.dtype)
             bar.update((last - first) * row_bytes)
 

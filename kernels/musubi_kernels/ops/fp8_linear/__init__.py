@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def _forward_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None
 def bias_gradient(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """db = sum of dY over its rows, summed in float32 (float64 stays) and given in the bias's dtype."""
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    return grad.reshape(-1, grad.shape[-1]).sum(0, dtype=wide).to(dtype)
+    return grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0, dtype=wide).to(dtype)
 
 
 def _dx_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
+from musubi_tuner.config.section_text import Sectioned
 from musubi_tuner.families.base import Conditioning, Dit, Encoders, FamilySpec, Item, Tools, Vae
 from musubi_tuner.families.framepack import generate, keys, options, predict, text
 from musubi_tuner.families.framepack import vae as coding
 from musubi_tuner.families.framepack.config import dit_config
-from musubi_tuner.families.framepack.model import FramePackModel, RopeScaling
+from musubi_tuner.families.framepack.model import FramePackModel
 from musubi_tuner.families.framepack.spec import MAG_RATIOS, MAG_RATIOS_F1, SPEC, WINDOW
+from musubi_tuner.nn.rope import RopeScaling
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.nn.vae.video_kl import SavingOptions
 from musubi_tuner.weights.encoders import found_files
@@ -86,6 +88,10 @@ class FramePackFamily:
     def plan(self, options: Any, values: Mapping[str, Any], said: Mapping[str, str]) -> Mapping[str, Any]:
         """See `generate.plan`."""
         return generate.plan(options, values, said)
+
+    def texts(self, prompt: str) -> Sequence[str]:
+        """One for each section that has its own."""
+        return Sectioned.parse(prompt).values
 
     def generate(self, options: Any, item: Item, pictures: Mapping[str, Tensor], tools: Tools) -> Tensor:
         """See `generate.generate`."""

@@ -1,7 +1,6 @@
 """Sampling in sections and of single pictures: how long, from what, in which order. The loop is the caller's."""
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,41 +9,45 @@ from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.one_frame import OneFrame
+from musubi_tuner.config.section_text import SEPARATOR, Sectioned
 from musubi_tuner.families.base import Item, Tools
 from musubi_tuner.families.framepack.options import EncodingOptions, GenerationOptions
 from musubi_tuner.families.framepack.spec import SPEC
 from musubi_tuner.flow import sections
+from musubi_tuner.flow.schedules import shift_of_length
 
 log = logging.getLogger(__name__)
 
 SOLVERS = {"unipc": "unipc3"}
 """What published samplers mean by a solver's name."""
-_FEW, _MANY, _MU_CAP = (256, 0.5), (4096, 1.15), math.log(7)
-"""Tokens and log shift at two points of a line, and the highest log shift."""
+HIGHEST_SHIFT = 7.0
 
 
 def shift_of(frames: int, height: int, width: int) -> float:
     """Shift of the time grid for a section of so many latent frames, `height` x `width` pixels."""
     tokens = frames * (height // SPEC.latents.spatial) * (width // SPEC.latents.spatial) / 4
-    along = (tokens - _FEW[0]) / (_MANY[0] - _FEW[0])
-    return math.exp(min(_FEW[1] + along * (_MANY[1] - _FEW[1]), _MU_CAP))
+    return shift_of_length(tokens, highest=HIGHEST_SHIFT)
 
 
 def plan(options: EncodingOptions, values: Mapping[str, Any], said: Mapping[str, str]) -> dict[str, Any]:
     """Frames, shift and solver of a request; see `families.base.OwnSampling`."""
     single, roles = one_frame(options, said), values["roles"]
-    if ";;;" in values["prompt"]:
-        raise UserError("a prompt for each section (0:...;;;1:...) is not in this version: give one prompt for all")
     if "start" not in roles and not (single and "control" in roles):
         raise UserError(
             "FramePack goes on from a picture: give the first frame with --image_path (--i in a prompt line)"
             + (", or control pictures with --control_image_path (--ci)" if single else "")
         )
-    frames = 1 if single else 1 + SPEC.latents.temporal * options.latent_window_size * _count(options, values, said)
-    found: dict[str, Any] = {"frames": frames, "solver": SOLVERS.get(values["solver"], values["solver"])}
+    window = options.latent_window_size
+    count = 1 if single else _count(options, values, said)
+    found: dict[str, Any] = {"solver": SOLVERS.get(values["solver"], values["solver"])}
+    found["frames"] = 1 if single else 1 + SPEC.latents.temporal * window * count
+    for name in ("prompt", "image"):
+        for text in Sectioned.parse(values.get(name) or "").unused(count):
+            log.warning("a %s is for no section of this length: %s", name, text[:60])
+    if SEPARATOR in (values.get("image") or ""):
+        found["said"] = {"image": values["image"]}
     if values["shift"] is None:
-        part = 1 if single else options.latent_window_size
-        found["shift"] = shift_of(part, values["height"], values["width"])
+        found["shift"] = shift_of(1 if single else window, values["height"], values["width"])
     return found
 
 
@@ -79,30 +82,34 @@ def one_frame(options: EncodingOptions, said: Mapping[str, str]) -> OneFrame | N
 
 def generate(options: EncodingOptions, item: Item, pictures: Mapping[str, Tensor], tools: Tools) -> Tensor:
     """Latents of a request; see `families.base.OwnSampling`."""
-    window, image = options.latent_window_size, {"image": pictures["image"]}
+    window, single = options.latent_window_size, one_frame(options, item.said)
+    count = 1 if single else (item.frames - 1) // (SPEC.latents.temporal * window)
     size = SPEC.latents.shape(1, item.height, item.width)[2:]
-    single = one_frame(options, item.said)
+    prompt, starts = Sectioned.parse(item.caption), Sectioned.parse(item.said.get("image", ""))
+
+    def start_of(section: int) -> Tensor:
+        return pictures["start"][:, starts.place(section, count)].unsqueeze(1)
+
+    def made(section: int, told: Mapping[str, Tensor], frames: int = window) -> Tensor:
+        image = pictures["images"][starts.place(section, count)] if "images" in pictures else pictures["image"]
+        text = prompt.values[prompt.place(section, count)]
+        return tools.denoise(tools.draw((SPEC.latents.channels, frames, *size)), {**told, "image": image}, text)
+
     if single is not None:
-        controls = pictures["control"] if "control" in pictures else pictures["start"]
-        told = sections.one_frame(single, controls, window)
-        return tools.denoise(tools.draw((SPEC.latents.channels, 1, *size)), {**told, **image})
-    start = pictures["start"]
-    count = (item.frames - 1) // (SPEC.latents.temporal * window)
-
-    def section(told: Mapping[str, Tensor]) -> Tensor:
-        return tools.denoise(tools.draw((SPEC.latents.channels, window, *size)), {**told, **image})
-
+        controls = pictures["control"] if "control" in pictures else start_of(0)
+        return made(0, sections.one_frame(single, controls, window), 1)
     if options.f1:
         if "end" in pictures:
             log.warning("--end_image_path has no effect with --f1: sections are made from the start on")
-        made = start
-        for _ in range(count):
-            made = torch.cat([made, section(sections.forward(start, made, window))], dim=1)
-        return made
-    future = pictures.get("end", start[:, :0])
-    for padding in _chosen_paddings(options, count):
-        future = torch.cat([section(sections.inverted(start, future, window, padding)), future], dim=1)
-    return torch.cat([start, future[:, : count * window]], dim=1)
+        past = start_of(0)
+        for section in range(count):
+            past = torch.cat([past, made(section, sections.forward(start_of(section), past, window))], dim=1)
+        return past
+    future = pictures.get("end", pictures["start"][:, :0])
+    for section, padding in zip(reversed(range(count)), _chosen_paddings(options, count), strict=True):
+        told = sections.inverted(start_of(section), future, window, padding)
+        future = torch.cat([made(section, told), future], dim=1)
+    return torch.cat([start_of(0), future[:, : count * window]], dim=1)
 
 
 def _chosen_paddings(options: EncodingOptions, count: int) -> list[int]:

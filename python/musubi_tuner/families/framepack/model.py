@@ -28,7 +28,7 @@ from musubi_tuner.nn.dual_stream import (
     unpatch,
 )
 from musubi_tuner.nn.modulation import float_linear, gated, norm_modulated
-from musubi_tuner.nn.rope import mean_rotations, repeated, told_rotations
+from musubi_tuner.nn.rope import RopeScaling, mean_rotations, repeated, told_rotations
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.nn.text.refiner import TextRefiner
 
@@ -100,14 +100,6 @@ class History:
             (2, self.clean_2x, self.clean_2x_indices),
             (4, self.clean_4x, self.clean_4x_indices),
         )
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Rows and columns lie `factor` times as far apart where the model is told at least `threshold` (of 1000)."""
-
-    threshold: float
-    factor: float
 
 
 @dataclass(frozen=True)
@@ -210,7 +202,7 @@ class FramePackModel(nn.Module):
         """Tokens [B, N, D] of history and section in the order of the sequence, their rotations, the section's grid."""
         c, tokens = self.config, self.x_embedder(x)  # [B, D, F, H/2, W/2]
         frames, rows, columns = tokens.shape[2:]
-        scale = self.scale(timestep)
+        scale = torch.ones_like(timestep) if self.rope_scaling is None else self.rope_scaling.at(timestep)
         parts = [tokens.flatten(2)]
         tables = [told_rotations(history.indices, (rows, columns), c.rope_axes_dims, c.rope_theta, scale)]
         for factor, latents, indices in history.parts():
@@ -220,13 +212,6 @@ class FramePackModel(nn.Module):
                 tables.insert(0, mean_rotations(table, factor))
         rotations = torch.cat([table.flatten(1, 3) for table in tables], dim=1).to(torch.complex64)
         return torch.cat(parts, dim=2).transpose(1, 2), rotations, (frames, rows, columns)
-
-    def scale(self, timestep: Tensor) -> Tensor:
-        """[B] factor of the positions of rows and columns."""
-        scaling = self.rope_scaling
-        if scaling is None:
-            return torch.ones_like(timestep)
-        return torch.where(timestep >= scaling.threshold, scaling.factor, 1.0).to(timestep)
 
     def project(self, image: Tensor) -> Tensor:
         """Tokens [B, N, D] of picture features: linear, SiLU, linear."""

@@ -71,6 +71,9 @@ class GenerationOptions(EncodingOptions):
         None,
         help="how many sections lie between a section and the start, in the order in which they are made, e.g. 3,2,1,0",
     )
+    custom_system_prompt: str | None = option(
+        None, help="task of text_encoder1, in place of the one that the model was trained with"
+    )
     one_frame_inference: str | None = option(
         None,
         help="one picture in place of a video: target_index=9,control_index=0;10,no_post,no_2x,no_4x, or default",

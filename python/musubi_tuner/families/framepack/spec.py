@@ -39,6 +39,7 @@ SPEC: Final = FamilySpec(
     network_module="networks.lora_framepack",
     fp8=Fp8Targets(include=("transformer_blocks", "single_transformer_blocks"), exclude=("norm",)),
     blocks=("transformer_blocks", "single_transformer_blocks"),
+    inputs=("x_embedder", "context_embedder"),
     cache_fields=(
         CacheField("latents", "latents", "video", "latent"),
         CacheField("indices", "latent_indices", "plain", "latent"),
@@ -60,5 +61,6 @@ SPEC: Final = FamilySpec(
     target_fps=30.0,
     takes_pictures=("start", "end", "control"),
     reads_controls=True,
+    control_masks=True,
     dataset_keys=("fp_latent_window_size", "fp_1f_clean_indices", "fp_1f_target_index", "fp_1f_no_post"),
 )

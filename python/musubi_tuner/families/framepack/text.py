@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from musubi_tuner.families.framepack.options import CacheLatentOptions, EncodingOptions, TextEncoderOptions
+from musubi_tuner.families.framepack import options as groups
 from musubi_tuner.families.framepack.spec import CAPTION_TOKENS, TEXT_TOKENS
 from musubi_tuner.families.framepack.vae import PictureEncoder, load_picture_encoder
 from musubi_tuner.memory.placement import DTYPES
@@ -34,9 +34,10 @@ class AllEncoders:
 def load_encoders(options: Any, *, device: torch.device, dtype: torch.dtype) -> AllEncoders | None:
     """The encoders that the options of a command name, the picture encoder in `dtype`; None where they name none."""
     found = AllEncoders(options)
-    if isinstance(options, TextEncoderOptions) and (options.text_encoder1 or options.text_encoder2):
+    if isinstance(options, groups.TextEncoderOptions) and (options.text_encoder1 or options.text_encoder2):
         own, sizes = DTYPES[options.text_encoder_dtype], {"tokens": CAPTION_TOKENS, "rows": TEXT_TOKENS}
-        found.text = load_pair(options, dtype=own, device=device, owner="FramePack", **sizes)
-    if isinstance(options, (CacheLatentOptions, EncodingOptions)) and options.image_encoder:
+        task = options.custom_system_prompt if isinstance(options, groups.GenerationOptions) else None
+        found.text = load_pair(options, dtype=own, device=device, owner="FramePack", task=task, **sizes)
+    if isinstance(options, (groups.CacheLatentOptions, groups.EncodingOptions)) and options.image_encoder:
         found.picture = load_picture_encoder(options.image_encoder, device=device, dtype=dtype)
     return found if found.picture or found.text else None

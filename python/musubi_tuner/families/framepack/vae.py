@@ -244,31 +244,44 @@ def _one_frame(item: Item, vae: SectionVae, encoder: PictureEncoder, options: Ca
         raise UserError(f"--one_frame takes pictures, not clips of {target.shape[1]} frames: use an image dataset")
     plan = OneFrame.of_dataset(item.said, half=not options.one_frame_no_2x, quarter=not options.one_frame_no_4x)
     plan.times(len(item.controls))
-    told = sections.one_frame(plan, _latents(item.controls, vae, size=target.shape[2:]), WINDOW)
+    told = sections.one_frame(plan, _latents(item.controls, item.masks, vae=vae, size=target.shape[2:]), WINDOW)
     return {"latents": vae.encode(target[None])[0], **told, "image": encoder.encode(item.controls[0][:, 0])}
 
 
 def request_fields(item: Item, vae: SectionVae, encoder: PictureEncoder) -> Fields:
     """Latents of a request's pictures by role, `control` together, and the features of the first picture, float32."""
     found: Fields = {}
-    size = (item.height, item.width)
+    size, masks = (item.height, item.width), item.masks or (None,) * len(item.controls)
     for role in ("start", "end", "control"):
-        pictures = [p for p, r in zip(item.controls, item.roles, strict=True) if r == role]
-        if pictures:
-            found[role] = _latents(pictures, vae, size=size).float()
+        chosen = [(p, m) for p, m, r in zip(item.controls, masks, item.roles, strict=True) if r == role]
+        if chosen:
+            found[role] = _latents(*zip(*chosen, strict=True), vae=vae, size=size).float()
+    starts = [p for p, r in zip(item.controls, item.roles, strict=True) if r == "start"]
     first = next((p for p, r in zip(item.controls, item.roles, strict=True) if r != "end"), item.controls[0])
+    if len(starts) > 1:
+        found["images"] = torch.stack([encoder.encode(start[:, 0]).float() for start in starts])
     return {**found, "image": encoder.encode(first[:, 0]).float()}
 
 
-def _latents(pictures: Sequence[Tensor], vae: SectionVae, *, size: Sequence[int]) -> Tensor:
-    """`[16, n, h, w]` of pictures `[3, 1, H, W]`, each coded alone. Raises UserError for one of another size."""
+def _latents(
+    pictures: Sequence[Tensor], masks: Sequence[Tensor | None], *, vae: SectionVae, size: Sequence[int]
+) -> Tensor:
+    """`[16, n, h, w]` of pictures `[3, 1, H, W]`, each coded alone, by masks `[1, 1, H, W]` where there are any.
+
+    Raises UserError for a picture of another size.
+    """
     for picture in pictures:
         if tuple(picture.shape[2:]) != tuple(size):
             raise UserError(
                 f"a control of {picture.shape[3]} x {picture.shape[2]} pixels beside a picture of {size[1]} x {size[0]}"
                 ": history has the size of the section; leave no_resize_control and control_resolution out"
             )
-    return torch.cat([vae.encode(picture[None, :, :1])[0] for picture in pictures], dim=1)
+    coded = [vae.encode(picture[None, :, :1])[0] for picture in pictures]
+    for place, mask in enumerate(masks):
+        if mask is not None:
+            share = nn.functional.adaptive_avg_pool2d(mask[:, 0], coded[place].shape[2:])
+            coded[place] = coded[place] * share.to(coded[place])
+    return torch.cat(coded, dim=1)
 
 
 def _pixels(item: Item) -> Tensor:

@@ -37,6 +37,7 @@ SPEC: Final = FamilySpec(
     network_module="networks.lora",
     fp8=Fp8Targets(include=("double_blocks.", "single_blocks."), exclude=("norm", "img_mod", "txt_mod", "modulation")),
     blocks=("double_blocks", "single_blocks"),
+    inputs=("img_in", "txt_in"),
     cache_fields=(
         CacheField("latents", "latents", "video", "latent", factor=SCALING),
         CacheField("text", "llm", "plain", "text"),

@@ -54,6 +54,7 @@ SPEC: Final = FamilySpec(
         ),
     ),
     blocks=("blocks",),
+    inputs=("patch_embedding", "text_embedding"),
     cache_fields=(
         CacheField("latents", "latents", "video", "latent"),
         CacheField("image", "latents_image", "video", "latent", required=False),

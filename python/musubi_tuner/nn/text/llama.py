@@ -41,7 +41,14 @@ def _turn(role: str, text: str = "") -> str:
 
 
 END: Final = "<|eot_id|>"
-INSTRUCTION: Final = _turn("system", _TASK + END) + _turn("user")
+
+
+def instruction(task: str = _TASK) -> str:
+    """What stands before a caption, with another task than the model was trained with."""
+    return _turn("system", task + END) + _turn("user")
+
+
+INSTRUCTION: Final = instruction()
 """What stands before each caption, to the letter: the transformer was trained with its effect on the features."""
 INSTRUCTION_TOKENS: Final = 95
 """Tokens of the instruction with the begin token; the features of these are dropped."""
@@ -135,19 +142,24 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 class LlamaText:
-    """Captions -> features `[tokens, hidden_size]`, at most `max_tokens` of them."""
+    """Captions -> features `[tokens, hidden_size]`, at most `max_tokens` of them.
 
-    def __init__(self, model: nn.Module, tokenizer: Any, max_tokens: int) -> None:
+    task: the system prompt, in place of the one that the model was trained with.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, max_tokens: int, task: str | None = None) -> None:
         self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        self.before = INSTRUCTION if task is None else instruction(task)
+        self.skipped = len(tokenizer(self.before).input_ids)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Features of each caption (its end token included); longer captions are cut, with a warning."""
-        limit = INSTRUCTION_TOKENS + self.max_tokens
-        rows = [self.tokenizer(INSTRUCTION + caption + END).input_ids for caption in captions]
+        limit = self.skipped + self.max_tokens
+        rows = [self.tokenizer(self.before + caption + END).input_ids for caption in captions]
         for caption, row in zip(captions, rows, strict=True):
             if len(row) > limit:
-                told = (len(row) - INSTRUCTION_TOKENS, self.max_tokens, caption[:60])
+                told = (len(row) - self.skipped, self.max_tokens, caption[:60])
                 log.warning("a caption of %d tokens is cut to the %d that the model takes: %s...", *told)
         rows = [row[:limit] for row in rows]
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
@@ -155,4 +167,4 @@ class LlamaText:
             ids[i, : len(row)] = torch.tensor(row)
         device = next(self.model.parameters()).device
         hidden = self.model(input_ids=ids.to(device)).last_hidden_state
-        return [hidden[i, INSTRUCTION_TOKENS : len(row)].clone() for i, row in enumerate(rows)]
+        return [hidden[i, self.skipped : len(row)].clone() for i, row in enumerate(rows)]

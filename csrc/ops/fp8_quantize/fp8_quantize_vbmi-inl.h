@@ -1,0 +1,93 @@
+// Quantising bf16 weights by bf16 scales with AVX-512 VBMI: codes by table look-up, 64 at a time, with no arithmetic on
+// floats at all.
+//
+// With w = 2^e (1 + m/128) and s = 2^f (1 + c/128), the code of w / s in the format's normal range is that of 2^(e-f)
+// plus a step that depends on m and c alone. There are 128 x 128 steps; a scale picks the 128 that one look-up reads.
+#include <array>
+
+#include "ops/fp8_quantize/fp8_dequantize_vbmi-inl.h"
+
+namespace musubi {
+namespace MUSUBI_ISA {
+namespace {
+
+constexpr int kMantissas = 128;
+
+// Every second byte of two vectors of words.
+constexpr std::array<uint8_t, 64> every_second(size_t first) {
+  std::array<uint8_t, 64> places{};
+  for (size_t i = 0; i < 64; ++i) places[i] = static_cast<uint8_t>(2 * i + first);
+  return places;
+}
+alignas(64) constexpr std::array<uint8_t, 64> kLowerBytes = every_second(0);
+alignas(64) constexpr std::array<uint8_t, 64> kUpperBytes = every_second(1);
+
+// steps[c][m] = code(w / s) - 8 (or 4) (e - f), as a byte
+template <Format kFormat>
+struct Steps {
+  alignas(64) uint8_t of[kMantissas][kMantissas];
+
+  Steps() {
+    for (int c = 0; c < kMantissas; ++c) {
+      float quotients[kMantissas];
+      for (int m = 0; m < kMantissas; ++m) quotients[m] = 1.0f + static_cast<float>(m) / kMantissas;
+      encode<kFormat>(quotients, kMantissas, 1.0f + static_cast<float>(c) / kMantissas, of[c]);
+    }
+  }
+
+  static const Steps& table() {
+    static const Steps steps;
+    return steps;
+  }
+};
+
+struct LookUpBody : WideBody {
+  template <Format kFormat>
+  static void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count, float scale,
+                         uint8_t* codes) {
+    constexpr int kMantissaBits = kFormat == Format::e4m3 ? 3 : 2;
+    // w below s 2^least may have a code that is no normal number
+    constexpr int kLeast = kFormat == Format::e4m3 ? -5 : -13;
+    const uint32_t bits = bits_of(scale);
+    const int exponent = static_cast<int>(bits >> 23);
+    const int64_t whole =
+        task.w.dtype == Dtype::bf16 && (bits & 0xffff) == 0 && exponent + kLeast >= 1 ? count / 64 * 64 : 0;
+    const uint8_t* const steps = Steps<kFormat>::table().of[(bits >> 16) & 127];
+    const __m512i steps0 = _mm512_load_si512(steps), steps1 = _mm512_load_si512(steps + 64);
+    const __m512i lower = _mm512_load_si512(kLowerBytes.data()), upper = _mm512_load_si512(kUpperBytes.data());
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff), sign = byte(0x80);
+    const __m512i one = _mm512_set1_epi16(static_cast<int16_t>(exponent << 7));
+    const __m512i least_normal = _mm512_set1_epi16(static_cast<int16_t>((exponent + kLeast) << 7));
+    const __m512i kept = byte(kFormat == Format::e4m3 ? 0xf8 : 0xfc), largest = byte(Numbers<kFormat>::largest_code);
+    const bool stream = streams(task.w.rows * task.w.cols) && reinterpret_cast<uintptr_t>(codes) % 64 == 0;
+    const uint16_t* const from = static_cast<const uint16_t*>(row) + start;
+    for (int64_t i = 0; i < whole; i += 64) {
+      const __m512i w0 = _mm512_loadu_si512(from + i), w1 = _mm512_loadu_si512(from + i + 32);
+      const __m512i a0 = _mm512_and_si512(w0, magnitude), a1 = _mm512_and_si512(w1, magnitude);
+      if ((_mm512_cmplt_epu16_mask(a0, least_normal) | _mm512_cmplt_epu16_mask(a1, least_normal)) != 0) {
+        WideBody::encode_run<kFormat>(task, row, start + i, 64, scale, codes + i);
+        continue;
+      }
+      const __m512i e0 = _mm512_srli_epi16(_mm512_sub_epi16(a0, one), 7 - kMantissaBits);
+      const __m512i e1 = _mm512_srli_epi16(_mm512_sub_epi16(a1, one), 7 - kMantissaBits);
+      const __m512i exponents = _mm512_and_si512(_mm512_permutex2var_epi8(e0, lower, e1), kept);
+      const __m512i step = _mm512_permutex2var_epi8(steps0, _mm512_permutex2var_epi8(w0, lower, w1), steps1);
+      const __m512i size = _mm512_min_epu8(_mm512_add_epi8(exponents, step), largest);
+      const __m512i signs = _mm512_permutex2var_epi8(w0, upper, w1);
+      const __m512i done = _mm512_ternarylogic_epi32(size, signs, sign, 0xf8);
+      if (stream) {
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(codes + i), done);
+      } else {
+        _mm512_storeu_si512(codes + i, done);
+      }
+    }
+    if (whole < count) WideBody::encode_run<kFormat>(task, row, start + whole, count - whole, scale, codes + whole);
+  }
+
+ private:
+  static __m512i byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+};
+
+}  // namespace
+}  // namespace MUSUBI_ISA
+}  // namespace musubi
