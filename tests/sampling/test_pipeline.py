@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from musubi_tuner.config.errors import UserError
-from musubi_tuner.flow import solvers
+from musubi_tuner.flow import schedules, solvers
 from musubi_tuner.nn.runner import direct
-from musubi_tuner.sampling import models, pipeline
+from musubi_tuner.sampling import guidance, models, pipeline
 from musubi_tuner.sampling.request import Request, initial_noise
 
 CPU = torch.device("cpu")
@@ -183,3 +183,33 @@ def test_guidance_without_a_second_branch_is_refused(toy):
 def test_impossible_requests_are_refused(change, words):
     with pytest.raises(UserError, match=words):
         Request(**({"prompt": "x", "seed": 1, "width": 32, "height": 32} | change))
+
+
+def test_the_branch_with_blocks_left_out_runs_its_blocks_as_the_others_do(toy):
+    """Where blocks rest in host memory, say, they visit the device for this branch too."""
+    runs = []
+
+    def make_run():
+        runs.append(0)
+        number = len(runs) - 1
+
+        def run(blocks, h, ctx):
+            runs[number] += 1
+            return direct(blocks, h, ctx)
+
+        return run
+
+    guide = guidance.Guide((3.0,) * 4, layers=(0,), skipping=range(1, 3), away=2.0)
+    cond = {"text": torch.tensor([0.5])}
+    pipeline.denoise(
+        toy.Family(),
+        toy.Dit(),
+        torch.ones(1, 3, 1, 2, 2),
+        cond,
+        cond,
+        schedule=schedules.linear(4, 1.0),
+        solver=solvers.euler,
+        guidance=guide,
+        make_run=make_run,
+    )
+    assert runs == [4, 4, 2]

@@ -84,7 +84,9 @@ def denoise(
         velocity = classifier_free_joint(branch(both), guide)
     elif uncond is not None:
         pair = branch(cond), branch(uncond)
-        lesser = branch(uncond if guide.in_uncond else cond, without_blocks(guide.layers)) if guide.skipping else None
+        lesser = None
+        if guide.skipping:
+            lesser = branch(uncond if guide.in_uncond else cond, without_blocks(guide.layers, make_run()))
         velocity = classifier_free(*pair, guide, lesser)
     else:
         raise ValueError(f"guidance {guidance} needs a conditioning without the prompt (uncond or both)")
