@@ -3,8 +3,8 @@
 Each contestant runs in a process of its own on one thread, over the same file, which is in the page cache, and they
 take turns. The usual path reads a whole tensor, computes scales and codes with torch operations and keeps them. Time is
 that of all the process's threads, the lower quartile of the rounds; memory the most anonymous memory (RssAnon) above
-that of the start in any round, beside the size of the result. Nothing is reported where a loaded weight is not the file's,
-but for its rounding to FP8.
+that of the start in any round, beside the size of the result. Nothing is reported where a loaded weight is not the
+file's, but for its rounding to FP8.
 
     python benchmarks/load.py                  # a file of 2 GiB
     python benchmarks/load.py --gib 0.25
