@@ -45,6 +45,7 @@ from cpu_products import (
 )
 from cpu_report import memory_table, peer_table, save, summary, table
 from musubi_kernels import _native, backends, fp8_linear
+from musubi_kernels._pin import PIN_VARIABLE, pinned
 
 SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288), (5120, 5120), (13824, 5120), (3001, 1999))
 ROWS = (1, 4, 8, 16, 64, 256, 1024, 2304)
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if native_isa() is None:
         print(f"not measured: {backends()['native']}")
         return 0
+    if pinned() not in {None, "native"}:
+        print(f"not measured: {PIN_VARIABLE} = {pinned()} pins another backend; unset it", file=sys.stderr)
+        return 1
     fault = correctness()
     if fault:
         print(f"not measured, a product is wrong: {fault}", file=sys.stderr)
