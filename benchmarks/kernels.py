@@ -132,7 +132,9 @@ def sitting(options: argparse.Namespace) -> int:
     for n, k in options.shapes:
         weight = made(n, k)
         if not options.no_peers:
-            peers = join(weight)
+            found = join(weight)
+            peers.absent |= found.absent
+            peers.errors |= {name: max(error, peers.errors.get(name, 0.0)) for name, error in found.errors.items()}
         rows += again(conversion_rows(weight), options)
         rows += again(product_rows(weight, tuple(options.rows), limits), options)
         memory += [((n, k, m), temporary(weight, m)) for m in (1, 256)]
