@@ -51,6 +51,7 @@ class Op:
     schema: str
     fake: Body
     _bodies: dict[Backend, _Served] = field(default_factory=dict)
+    _lacking: dict[Backend, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Define the operator, its body and its fake; autograd is added by `derivative`."""
@@ -77,17 +78,20 @@ class Op:
         """
         self._bodies[backend] = _Served(body, refuses, tells)
 
+    def lacks(self, backend: Backend, reason: str) -> None:
+        """Let `explain` tell why `backend` has no body here, where more can be said than that."""
+        self._lacking[backend] = reason
+
     def derivative(self, setup: Callable[..., None], backward: Body) -> None:
         """Register the backward: `setup(ctx, inputs, output)` and `backward(ctx, *grads)`."""
         torch.library.register_autograd(self.qualified, backward, setup_context=setup, lib=LIBRARY)
 
     def refusal(self, backend: Backend, args: tuple[Any, ...]) -> str | None:
         """Why `backend` cannot serve this op with `args`, or None."""
-        absent = missing(backend)
-        if absent:
-            return absent
         served = self._bodies.get(backend)
-        return f"it has no body for {self.name}" if served is None else served.refuses(*args)
+        if served is None:
+            return self._lacking.get(backend, f"it has no body for {self.name}")
+        return missing(backend) or served.refuses(*args)
 
     def choose(self, args: tuple[Any, ...]) -> Choice:
         """The backend that serves `args` now; ValueError when a pinned one cannot."""
