@@ -143,7 +143,7 @@ class BlockSwap:
         if place == self._held:
             return next(slot for slot in self.slots if slot.block == place)
         if self._held is None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._let_go)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
         self._let_go()
         slot = self._enter(place)
         self._held = place
@@ -187,7 +187,7 @@ class BlockSwap:
         def pack(tensor: Tensor) -> Tensor | Kept:
             if tensor.untyped_storage().data_ptr() != memory:
                 return tensor
-            return Kept(place, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+            return Kept(place, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
         def unpack(kept: Tensor | Kept) -> Tensor:
             return kept if isinstance(kept, Tensor) else kept.found(self.hold(kept.place).memory)

@@ -102,7 +102,7 @@ class Kept:
 
     def found(self, memory: Tensor) -> Tensor:
         blank = torch.empty(0, dtype=self.dtype, device=memory.device)
-        return blank.set_(memory.untyped_storage(), self.offset, self.shape, self.stride)  # type: ignore[call-overload]
+        return blank.set_(memory.untyped_storage(), self.offset, self.shape, self.stride)
 
 
 def _aligned(count: int) -> int:
