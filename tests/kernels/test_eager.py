@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from musubi_kernels import _eager, explain, fp8_linear, fp8_lora_linear, quantize_fp8
+from musubi_kernels import _eager, explain, fp8_linear, fp8_linear_dynamic, fp8_lora_linear, quantize_fp8
 from musubi_kernels._op import OPS
 
 N, K, RANK = 20, 128, 4
@@ -34,6 +34,12 @@ def branch(t: dict[str, torch.Tensor]) -> torch.Tensor:
     return fp8_lora_linear(t["x"], t["q"], t["scale"], t["bias"], t["down"], t["up"], scale=0.7, mask=t["mask"])
 
 
+def dynamic(t: dict[str, torch.Tensor]) -> torch.Tensor:
+    if not explain(fp8_linear_dynamic, t["x"], t["q"], t["scale"]).startswith("fp8_linear_dynamic: native"):
+        pytest.skip("this processor has no integer products, and the reference stays behind the dispatcher")
+    return fp8_linear_dynamic(t["x"], t["q"], t["scale"], t["bias"])
+
+
 @pytest.fixture
 def operator_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the operators that were called through torch's dispatcher."""
@@ -55,7 +61,7 @@ def gradients(call: Call, t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("call", [plain, branch])
+@pytest.mark.parametrize("call", [plain, branch, dynamic])
 def test_results_and_gradients_are_those_of_the_operators(
     native: None, monkeypatch: pytest.MonkeyPatch, operator_calls: list[str], call: Call, dtype: torch.dtype
 ) -> None:
@@ -65,7 +71,7 @@ def test_results_and_gradients_are_those_of_the_operators(
     assert operator_calls == []
     monkeypatch.setattr(_eager, "free", lambda *_: False)
     through = gradients(call, t)
-    assert operator_calls[0] in {"fp8_linear", "fp8_lora_linear"}
+    assert operator_calls[0] in {"fp8_linear", "fp8_lora_linear", "fp8_linear_dynamic"}
     assert len(operator_calls) == 2
     assert ours.keys() == through.keys()
     for name, value in through.items():

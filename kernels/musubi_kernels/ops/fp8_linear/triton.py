@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -217,10 +217,11 @@ def _prepare(
     if tile.after and how == "step" and groups == 1 and not transposed:
         how = "after"
     even = inputs % tile.bk == 0 and (not transposed or k % tile.bn == 0)
-    words = even and how != "each" and prefers_words(target, tile) and aligned and block % 4 == 0
+    words = even and how != "each" and prefers_words(target, tile, types[1]) and aligned and block % 4 == 0
     case = Case(*types, how, block, groups, even, words, bias, rank)
     make = dx_constants if transposed else forward_constants
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    stages = stages_for(tile, how, target, branch_dx=transposed and rank > 0)
+    options = {"num_warps": tile.warps, "num_stages": stages, "enable_fp_fusion": True}
     both = [{**make(tile, target, case), "PARTS": split, **options} for split in (False, True)]
     across = cdiv(outputs, tile.bn)
     return Prepared(
@@ -242,11 +243,25 @@ def parts_for(programs: int, steps: int) -> int:
     return parts
 
 
-def prefers_words(target: int, tile: Tile) -> bool:
+def stages_for(tile: Tile, how: str, target: int, *, branch_dx: bool) -> int:
+    """Steps in flight: a look-up for each weight keeps a tile of scales as wide as floats beside the codes, and with
+    the usual number of steps takes more shared memory than all but sm_90 and sm_100 have (16 rows by 64: registers).
+    `branch_dx`: the input gradient with a branch, whose fourth step spills on sm_120 in the tile of 64 rows."""
+    if branch_dx and target == 120 and tile.bm == 64:
+        return min(tile.stages, 3)
+    if how != "each" or (target in (90, 100) and (tile.bm, tile.bn) != (16, 64)):
+        return tile.stages
+    return min(tile.stages, 2)
+
+
+def prefers_words(target: int, tile: Tile, kind: str) -> bool:
     """Whether codes are read as words: where the tile goes to tensor cores from registers.
 
-    The products of sm_90 and sm_100 read decoded weights from shared memory or tensor memory in any case.
+    The products of sm_90 and sm_100 read decoded weights from shared memory or tensor memory in any case. float16 x on
+    sm_90 spills with words in the widest short tile.
     """
+    if target == 90 and kind == "fp16" and (tile.bm, tile.bn) == (16, 64):
+        return False
     return target not in (90, 100) or tile.bm < 64
 
 
@@ -269,6 +284,7 @@ def vector(call: Product) -> torch.Tensor:
     tile = VECTOR_TILE if _triton.capability(call.x.device) else Tile(1, 16, 64, 4, 1)
     scales = _triton.scales_of(call.q, call.scale)
     how, block, groups = _triton.step_of(scales, tile.bk, k, otherwise="row")
+    tile = vector_tile(tile, how)
     types, even = (call.fmt, call.kind, call.scale.dtype), k % tile.bk == 0
     case = Case(*types, how, block, groups, even, False, call.bias is not None, 0)
     y = call.empty()
@@ -292,6 +308,11 @@ def vector(call: Product) -> torch.Tensor:
             enable_fp_fusion=True,
         )
     return y
+
+
+def vector_tile(tile: Tile, how: str) -> Tile:
+    """Half the step where each weight's scale is looked up, which spills on sm_90 with a whole one."""
+    return replace(tile, bk=tile.bk // 2) if how == "each" else tile
 
 
 # -- panel: W decoded a part at a time, products by torch -------------------------------------------------------------
@@ -414,14 +435,15 @@ def _shipped_sum() -> Iterator[Shipped]:
 
 def _shipped_rows(target: int) -> Iterator[Shipped]:
     kernels = _triton.kernels("fp8_linear")
-    function, tile = kernels._fp8_linear_rows_kernel, VECTOR_TILE
-    fp32, groups = torch.float32, max(1, tile.bk // 64)
+    function = kernels._fp8_linear_rows_kernel
+    fp32, groups = torch.float32, max(1, VECTOR_TILE.bk // 64)
     for case in (
         Case("e4m3", "fp32", fp32, "step", 64, groups, True, False, True, 0),
         Case("e4m3", "fp32", torch.bfloat16, "step", 64, groups, True, False, False, 0),
         Case("e5m2", "fp32", fp32, "row", 1 << 30, 1, True, False, True, 0),
         Case("e4m3", "fp32", fp32, "each", 48, 1, False, False, True, 0),
     ):
+        tile = vector_tile(VECTOR_TILE, case.how)
         constants = vector_constants(tile, target, case)
         types = {"x": "fp32", "q": "u8", "scale": _triton.KINDS[case.scale], "bias": "fp32", "y": "fp32"}
         yield Shipped(
@@ -443,7 +465,7 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
     kernels = _triton.kernels("fp8_linear")
     function = kernels._fp8_linear_dx_kernel if transposed else kernels._fp8_linear_fwd_kernel
     integers = [name for name in function.arg_names if name.endswith("_stride")]
-    cases = [(case, False) for case in _cases(tile, transposed, prefers_words(target, tile))]
+    cases = [(case, False) for case in _cases(tile, target, transposed)]
     for case, parts in (*cases, *[(case, True) for case, _ in cases[:2] if tile.split]):
         constants = (dx_constants if transposed else forward_constants)(tile, target, case) | {"PARTS": parts}
         wide = {"x": case.kind, "grad": case.kind, "y": case.kind, "dx": case.kind, "low": case.kind, "bias": case.kind}
@@ -463,7 +485,7 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
         plain = (
             case.fmt == "e4m3"
             and case.even
-            and case.words == prefers_words(target, tile)
+            and case.words == prefers_words(target, tile, case.kind)
             and case.how in ("step", "after")
             and not case.bias
         )
@@ -475,7 +497,7 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
             signature=signature,
             constexprs=constants,
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=stages_for(tile, case.how, target, branch_dx=transposed and case.rank > 0),
             targets=(target,),
             op="fp8_linear" if not case.rank else "fp8_lora_linear",
             note=tile.why,
@@ -485,7 +507,8 @@ def _shipped_tile(target: int, tile: Tile, transposed: bool) -> Iterator[Shipped
         )
 
 
-def _cases(tile: Tile, transposed: bool, words: bool) -> Iterator[Case]:
+def _cases(tile: Tile, target: int, transposed: bool) -> Iterator[Case]:
+    words = prefers_words(target, tile, "bf16")
     step = "after" if tile.after else "step"
     width = tile.bn if transposed else tile.bk
     whole = "one" if transposed else "row"
@@ -494,7 +517,7 @@ def _cases(tile: Tile, transposed: bool, words: bool) -> Iterator[Case]:
     yield Case("e4m3", "bf16", bf16, step, 64, groups, True, words, False, 0)
     yield Case("e4m3", "bf16", bf16, step, 64, groups, True, words, False, 32)
     yield Case("e4m3", "bf16", fp32, step, 64, groups, True, words, False, 0)
-    yield Case("e4m3", "fp16", bf16, step, 64, groups, True, words, False, 0)
+    yield Case("e4m3", "fp16", bf16, step, 64, groups, True, prefers_words(target, tile, "fp16"), False, 0)
     yield Case("e5m2", "bf16", bf16, step, 64, groups, True, words, not transposed, 0)
     yield Case("e4m3", "bf16", fp32, whole, 1 << 30, 1, True, words, not transposed, 0)
     if words:  # for rows that are not aligned

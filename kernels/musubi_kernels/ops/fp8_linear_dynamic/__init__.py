@@ -7,11 +7,13 @@ scale of its own. `dynamic_error` tells how large that error is for given tensor
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args
 
 import torch
 
+from musubi_kernels import _eager
 from musubi_kernels._checks import autocast, check_activation, check_bias, rows_of
 from musubi_kernels._explain import Plan, planned_by
 from musubi_kernels._formats import check_pair, format_of
@@ -61,9 +63,14 @@ FORWARD.derivative(_setup, _backward)
 
 def kind_for(device: torch.device) -> Kind:
     """The kind that a device multiplies fastest: FP8 on CUDA from capability 8.9 on, int8 everywhere else."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_FP8_CAPABILITY:
+    if device.type == "cuda" and _capability(device) >= FIRST_FP8_CAPABILITY:
         return "fp8"
     return "int8"
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _plan(
@@ -118,8 +125,22 @@ def fp8_linear_dynamic(
     Raises:
         ValueError: a shape, dtype or device does not fit, or the kind is unknown, with the values.
     """
-    plan = _plan(x, q, scale, bias, kind=kind)
-    y: torch.Tensor = plan.op(*plan.args)
+    y: torch.Tensor
+    plan = None
+    if _eager.free(x, q, scale, bias) and not (q.requires_grad or scale.requires_grad):
+        x = autocast(x)
+        others = [_eager.facts(each) for each in (q, scale, bias)]
+        key = (_eager.settings(), kind, x.dtype, x.device, x.shape[-1:], *others)
+        body = FORWARD.settled(key)
+        if body is None:
+            plan = _plan(x, q, scale, bias, kind=kind)
+            body = FORWARD.settle(key, plan.args)
+        if body is not None:
+            chosen = kind or kind_for(x.device)
+            y = FORWARD.direct(body, x, q.view(torch.uint8), scale, bias, format_of(q).name, chosen)
+            return y
+    plan = plan or _plan(x, q, scale, bias, kind=kind)
+    y = plan.op(*plan.args)
     return y
 
 

@@ -275,7 +275,7 @@ def _shipped_tile(kind: str, target: int, tile: Tile, *, blocks: bool) -> Iterat
             targets=(target,),
             op=f"{kind}_linear_dynamic",
             note=tile.why,
-            aligned=("N", *(("K",) if case.even else ()), "codes_stride", "q_stride", "y_stride"),
+            aligned=("N", "K", "codes_stride", "q_stride", "y_stride"),
             hot=True,
             core=case.fmt == "e4m3" and case.block == 64 and not parts,
         )
