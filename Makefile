@@ -55,7 +55,7 @@ test-slow: $(TEST)/.stamp-test
 
 test-gpu: $(TEST)/.stamp-test
 	@echo "== test-gpu: on a CUDA device =="
-	$(PYTEST) -m gpu
+	$(TEST)/bin/python tests/run_gpu.py
 
 lint: $(TEST)/.stamp-dev
 	@echo "== lint: ruff and clang-format =="

@@ -28,10 +28,11 @@ from musubi_tuner.adapters.attach import attach
 from musubi_tuner.families import registry
 from musubi_tuner.families.wan.model import WanConfig, WanModel
 from musubi_tuner.flow import keyed
-from musubi_tuner.memory.block_swap import BlockSwap, resting_bytes
+from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.lanes import CudaLanes, Lanes
 from musubi_tuner.memory.placement import release
 from musubi_tuner.memory.plan import swapped
+from musubi_tuner.memory.resting import resting_bytes
 from musubi_tuner.nn.checkpointing import checkpointed
 from musubi_tuner.nn.linear import fp8_slot, replace_linears
 

@@ -147,6 +147,8 @@ PEERS: Final[dict[str, tuple[str, Callable[[torch.Tensor], Peer]]]] = {
 def compiled_usual(q: torch.Tensor, scale: torch.Tensor) -> tuple[Call | None, str]:
     """(`torch.compile` of the usual path, "") after its first call agreed with eager, or (None, why not)."""
     logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64  # a graph for each number of rows: past the limit it would run eagerly
 
     def usual(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return F.linear(x, usual_weight(q, scale))

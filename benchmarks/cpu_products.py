@@ -84,7 +84,7 @@ def forward_row(w: Weight, m: int, limits: Limits) -> Row:
     size = (*w.shape, m)
     wanted = gates.forward_gates(m)
     if m == 1:
-        calls |= readers(w.q, w.dense)
+        calls |= readers(w.q.nbytes, "q") | readers(w.dense.nbytes, "dense")
         times, shares = reading(in_turn(calls), w)
         row = compared("forward", size, times, wanted, figures=shares)
     else:
@@ -98,25 +98,25 @@ def forward_row(w: Weight, m: int, limits: Limits) -> Row:
     return replace(row, ratios={**row.ratios, **{name: others[name] / others["ours"] for name in peers}})
 
 
-def readers(q: torch.Tensor, dense: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """Two ways to read what ours and plain read, as contestants."""
+def readers(size: int, name: str, copies: int = 1) -> dict[str, Callable[[], object]]:
+    """Two ways to read `size` bytes, as contestants; with copies, going round them."""
+    blank = [torch.ones(size, dtype=torch.uint8) for _ in range(copies)]
+    floats = [each[: size // 4 * 4].view(torch.float32) for each in blank]
     return {
-        "search q": lambda: read(q),
-        "sum q": lambda: flat_sum(q),
-        "search dense": lambda: read(dense),
-        "sum dense": lambda: flat_sum(dense),
+        f"search {name}": rotating([lambda each=each: read(each) for each in blank]),
+        f"sum {name}": rotating([each.sum for each in floats]),
     }
-
-
-def flat_sum(tensor: torch.Tensor) -> None:
-    whole = tensor.numel() * tensor.element_size() // 4 * 4
-    tensor.view(torch.uint8).view(-1)[:whole].view(torch.float32).sum()
 
 
 def reading(times: dict[str, float], w: Weight) -> tuple[dict[str, float], dict[str, float]]:
     """(the contestants' times, how near ours and plain come to a read of as many bytes in the same turn)."""
-    fp8, dense = (min(times.pop(f"{way} {of}") for way in ("search", "sum")) for of in ("q", "dense"))
-    ours = fp8 * w.stored / w.q.nbytes / times["ours"]
+    best = {
+        name: min(times.pop(f"{way} {name}") for way in ("search", "sum"))
+        for name in ("q", "dense")
+        if f"sum {name}" in times
+    }
+    dense = best.get("dense", best["q"] * w.dense.nbytes / w.q.nbytes)
+    ours = best["q"] * w.stored / w.q.nbytes / times["ours"]
     return times, {"read share": ours, "plain read share": dense / times["plain"]}
 
 
@@ -134,10 +134,7 @@ def cold_row(w: Weight) -> Row:
         "ours": around(qs, lambda q: fp8_linear(x, q, w.scale)),
         "usual": around(qs, lambda q: F.linear(x, usual_weight(q, w.scale))),
         "plain": around(denses, lambda dense: F.linear(x, dense)),
-        "search q": around(qs[::-1], read),
-        "sum q": around(qs[::-1], flat_sum),
-        "search dense": around(denses[::-1], read),
-        "sum dense": around(denses[::-1], flat_sum),
+        **readers(w.q.nbytes, "q", copies),
     }
     times, shares = reading(in_turn(calls, rounds=15), w)
     gate = Gate("read share", shares["read share"], gates.AT_THE_LIMIT)

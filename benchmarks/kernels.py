@@ -45,6 +45,7 @@ from cpu_products import (
 )
 from cpu_report import memory_table, peer_table, save, summary, table
 from musubi_kernels import _native, backends, fp8_linear
+from musubi_kernels._pin import PIN_VARIABLE, pinned
 
 SHAPES = ((3072, 3072), (12288, 3072), (3072, 12288), (5120, 5120), (13824, 5120), (3001, 1999))
 ROWS = (1, 4, 8, 16, 64, 256, 1024, 2304)
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if native_isa() is None:
         print(f"not measured: {backends()['native']}")
         return 0
+    if pinned() not in {None, "native"}:
+        print(f"not measured: {PIN_VARIABLE} = {pinned()} pins another backend; unset it", file=sys.stderr)
+        return 1
     fault = correctness()
     if fault:
         print(f"not measured, a product is wrong: {fault}", file=sys.stderr)
@@ -128,7 +132,9 @@ def sitting(options: argparse.Namespace) -> int:
     for n, k in options.shapes:
         weight = made(n, k)
         if not options.no_peers:
-            peers = join(weight)
+            found = join(weight)
+            peers.absent |= found.absent
+            peers.errors |= {name: max(error, peers.errors.get(name, 0.0)) for name, error in found.errors.items()}
         rows += again(conversion_rows(weight), options)
         rows += again(product_rows(weight, tuple(options.rows), limits), options)
         memory += [((n, k, m), temporary(weight, m)) for m in (1, 256)]

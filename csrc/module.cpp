@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <string>
 #include <utility>
 #include <vector>
@@ -33,6 +34,17 @@ PYBIND11_MODULE(_C, module) {
         return names;
       },
       "Instruction sets of this build.");
+  module.def(
+      "settings",
+      [] {
+        std::string all;
+        for (const char* name : {"MUSUBI_KERNELS", "MUSUBI_KERNELS_ISA", "TRITON_INTERPRET"}) {
+          const char* const value = std::getenv(name);
+          all.append(value == nullptr ? "" : value).push_back('\n');
+        }
+        return all;
+      },
+      "The variables that choose a backend, one a line: asked for in every call, where os.environ takes 1 us each.");
   module.def("pool_workers", &musubi::pool_workers, "Worker threads that exist now.");
   module.def("scratch_bytes", &musubi::scratch_bytes, "Bytes of scratch that this thread holds.");
   musubi::bind_fp8_linear(module);

@@ -13,7 +13,7 @@ ACTIVATION_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32, torch.
 def autocast(x: torch.Tensor) -> torch.Tensor:
     """`x` in autocast's dtype where autocast is on for its device, as torch's own linear does."""
     kind = x.device.type
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(kind))
     return x
 

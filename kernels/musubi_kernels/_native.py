@@ -54,11 +54,11 @@ def isa_name() -> str:
 
 def isa() -> int:
     """The code of the instruction set in use."""
-    return _isa_code(os.environ.get(ISA_VARIABLE))
+    return _isa_code(module().settings())
 
 
 @functools.cache
-def _isa_code(_: str | None) -> int:
+def _isa_code(_: str) -> int:
     names: list[str] = module().all_isas()
     return names.index(isa_name())
 

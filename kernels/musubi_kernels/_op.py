@@ -2,7 +2,8 @@
 
 `Op` owns the operator `musubi_kernels::<name>`. Its one registered body picks a backend per call, so that
 `torch.compile` sees a single opaque node. A backend's `refuses` answers None, or the reason why it cannot serve these
-arguments. `Library.define` and `impl` are used rather than `custom_op`: they cost about 10 µs a call against 66.
+arguments. `Library.define` and `impl` are used rather than `custom_op`: they cost about 10 µs a call against 66. In
+eager mode calls go to the body by a shorter way (see `_eager`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any, Final
 
 import torch
 
+from musubi_kernels import _eager
 from musubi_kernels._backends import missing
 from musubi_kernels._pin import BACKENDS, PIN_VARIABLE, Backend, pinned
 
 LIBRARY: Final = torch.library.Library("musubi_kernels", "DEF")
+_MOST_SETTLED: Final = 4096
 _log = logging.getLogger(__name__)
 
 Body = Callable[..., Any]
@@ -43,14 +46,26 @@ class _Served:
     tells: Telling | None
 
 
+OPS: Final[dict[str, Op]] = {}
+"""Every operator by its name."""
+
+
 @dataclass
 class Op:
-    """One operator. Call it like the schema says; add bodies with `serve`, a derivative with `derivative`."""
+    """One operator. Call it like the schema says; add bodies with `serve`, a derivative with `derivative`.
+
+    `short`: which backend serves a call follows from the dtypes and devices of its tensors and from its other
+    arguments, so that a call without autograd (a gradient's, in backward) may look its body up by them.
+    """
 
     name: str
     schema: str
     fake: Body
+    short: bool = False
     _bodies: dict[Backend, _Served] = field(default_factory=dict)
+    _lacking: dict[Backend, str] = field(default_factory=dict)
+    _settled: dict[Any, Body] = field(default_factory=dict)
+    _function: type[torch.autograd.Function] | None = None
 
     def __post_init__(self) -> None:
         """Define the operator, its body and its fake; autograd is added by `derivative`."""
@@ -58,6 +73,7 @@ class Op:
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(self.qualified, self.fake, lib=LIBRARY)
         self._call = getattr(torch.ops.musubi_kernels, self.name).default
+        OPS[self.name] = self
 
     @property
     def qualified(self) -> str:
@@ -65,8 +81,42 @@ class Op:
         return f"musubi_kernels::{self.name}"
 
     def __call__(self, *args: Any) -> Any:
-        """Run the operator (through torch's dispatcher, so autograd, compile and fake tensors all work)."""
+        """Run the operator: through torch's dispatcher, so autograd, compile and fake tensors all work, or directly."""
+        if self.short and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            tensors = [each for each in args if isinstance(each, torch.Tensor)]
+            if _eager.free(*tensors):
+                key = (_eager.settings(), *[_eager.kind(each) for each in args])
+                body = self._settled.get(key) or self.settle(key, args)
+                if body is not None:
+                    return body(*args)
         return self._call(*args)
+
+    def settled(self, key: Any) -> Body | None:
+        """The body that served a call of this key before, or None."""
+        return self._settled.get(key)
+
+    def settle(self, key: Any, args: tuple[Any, ...]) -> Body | None:
+        """The body for `args`, kept for calls of the same key; None where the operator itself must be called.
+
+        The reference stays behind the dispatcher: it is slow beside it, and says once that it is what runs.
+        """
+        choice = self.choose(args)
+        if choice.backend == "reference" or not _eager.at_home(args[0]):
+            return None
+        if len(self._settled) >= _MOST_SETTLED:
+            self._settled.clear()
+        self._settled[key] = choice.body
+        return choice.body
+
+    def direct(self, body: Body, *args: Any) -> Any:
+        """`body(*args)`, with the op's derivative where autograd wants one."""
+        if not _eager.wants_gradient(args):
+            return body(*args)
+        return self._call(*args) if self._function is None else self._function.apply(*args, body)
+
+    def forget(self) -> None:
+        """Drop what was settled: what a machine has is looked at again."""
+        self._settled.clear()
 
     def serve(
         self, backend: Backend, body: Body, refuses: Refusal = lambda *_: None, tells: Telling | None = None
@@ -77,17 +127,21 @@ class Op:
         """
         self._bodies[backend] = _Served(body, refuses, tells)
 
+    def lacks(self, backend: Backend, reason: str) -> None:
+        """Let `explain` tell why `backend` has no body here, where more can be said than that."""
+        self._lacking[backend] = reason
+
     def derivative(self, setup: Callable[..., None], backward: Body) -> None:
         """Register the backward: `setup(ctx, inputs, output)` and `backward(ctx, *grads)`."""
         torch.library.register_autograd(self.qualified, backward, setup_context=setup, lib=LIBRARY)
+        self._function = _eager.function_of(self.name, setup, backward)
 
     def refusal(self, backend: Backend, args: tuple[Any, ...]) -> str | None:
         """Why `backend` cannot serve this op with `args`, or None."""
-        absent = missing(backend)
-        if absent:
-            return absent
         served = self._bodies.get(backend)
-        return f"it has no body for {self.name}" if served is None else served.refuses(*args)
+        if served is None:
+            return self._lacking.get(backend, f"it has no body for {self.name}")
+        return missing(backend) or served.refuses(*args)
 
     def choose(self, args: tuple[Any, ...]) -> Choice:
         """The backend that serves `args` now; ValueError when a pinned one cannot."""

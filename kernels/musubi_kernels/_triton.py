@@ -137,7 +137,7 @@ class Shipped:
 
 def shipped() -> list[Shipped]:
     """Every kernel and configuration that any launcher can choose. Imports triton."""
-    return [entry for op in ("fp8_linear", "fp8_quantize") for entry in _shipped_by(op)]
+    return [entry for op in ("fp8_linear", "fp8_linear_dynamic", "fp8_quantize") for entry in _shipped_by(op)]
 
 
 def _shipped_by(op: str) -> Iterator[Shipped]:

@@ -288,21 +288,3 @@ def test_decoding_runs_ahead_by_a_few_batches_only(run, monkeypatch):
     run.latents("--num_workers", "4")
     assert len(decoded) == 24
     assert 2 < max(waiting) <= 3 * 2
-
-
-@pytest.mark.shows("disable_cudnn_backend")
-def test_cudnn_is_left_out_while_latents_are_encoded_on_demand(run, monkeypatch):
-    seen, encode = [], run.family.encode_latents
-
-    def watched(items, vae, encoders=None):
-        seen.append(torch.backends.cudnn.enabled)
-        return encode(items, vae, encoders)
-
-    monkeypatch.setattr(run.family, "encode_latents", watched)
-    before = torch.backends.cudnn.enabled
-    run.latents("--disable_cudnn_backend")
-    assert set(seen) == {False}
-    assert torch.backends.cudnn.enabled == before
-    seen.clear()
-    run.latents("--recache")
-    assert set(seen) == {before}

@@ -15,6 +15,14 @@ from host_cuda import build_host_run
 from kernel_checks import Fp8Cases, bodies
 from musubi_kernels import _native
 from musubi_kernels._backends import missing
+from musubi_kernels._op import OPS
+
+
+@pytest.fixture(autouse=True)
+def unsettled() -> None:
+    """Each test chooses backends anew: some change what the machine has."""
+    for op in OPS.values():
+        op.forget()
 
 
 @pytest.fixture(params=bodies())

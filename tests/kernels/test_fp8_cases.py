@@ -101,6 +101,21 @@ def test_what_is_no_floating_weight_is_refused(fp8_cases: Fp8Cases, body: str) -
         quantize_fp8(torch.zeros(2, 64).to(torch.float8_e4m3fn))
 
 
+def test_every_second_number_of_a_vector_quantises_like_its_copy(body: str) -> None:
+    """A vector, or a matrix of one column, seen as one row has numbers that do not lie side by side."""
+    wide = torch.full((80, 3), torch.nan)
+    wide[:, 1] = torch.randn(80, generator=torch.Generator().manual_seed(0))
+    for view in (wide[:, 1], wide[:, 1:2], wide[::2, 1]):
+        q, scale = quantize_fp8(view, mode="tensor")
+        again, same = quantize_fp8(view.clone(), mode="tensor")
+        assert torch.equal(q.view(torch.uint8), again.view(torch.uint8))
+        assert torch.equal(scale, same)
+        spread = torch.zeros(q.numel(), 2, dtype=torch.uint8)
+        spread[:, 0] = again.view(torch.uint8).flatten()
+        codes = spread[:, 0].view(q.dtype)
+        assert torch.equal(dequantize_fp8(codes, scale), dequantize_fp8(again, scale).flatten())
+
+
 def test_an_empty_weight_has_empty_codes(body: str) -> None:
     q, scale = quantize_fp8(torch.empty(0, 64))
     assert (list(q.shape), list(scale.shape)) == ([0, 64], [0, 1, 1])

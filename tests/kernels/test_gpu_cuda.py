@@ -46,10 +46,10 @@ def decoded(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def check(ours: torch.Tensor, exact: torch.Tensor, nothing: torch.Tensor | float = 0.0) -> None:
-    """Near `exact`, which `nothing` (the bias alone) must not be."""
+    """Near `exact`, which `nothing` (the bias alone) must not be: else the test itself is at fault."""
     largest = exact.abs().max()
+    assert (nothing - exact).abs().max() >= 0.5 * largest, "the bias is most of the expected result: make W larger"
     assert (ours.double() - exact).abs().max() <= WORST * largest
-    assert (nothing - exact).abs().max() >= 0.5 * largest
 
 
 WAYS = {"small": [1, 3, 8, 16, 27, 32], "fused": [1, 33, 64, 65, 200, 515], "panel": [1, 70, 1025]}
@@ -74,7 +74,8 @@ def test_forward_and_gradient_by_every_way(
     fmt: str,
 ) -> None:
     monkeypatch.setenv("MUSUBI_KERNELS_PATH", way)
-    q, scale = quantize_fp8(numbers(n, k, dtype=dtype) * 0.05, mode=mode, block_size=block, fmt=fmt)
+    # weights of such a size that the product is most of the result: at 0.05, 17 of these cases were mostly bias
+    q, scale = quantize_fp8(numbers(n, k, dtype=dtype) * 0.25, mode=mode, block_size=block, fmt=fmt)
     x, bias, grad = numbers(m, k, dtype=dtype), numbers(n, dtype=torch.float32), numbers(m, n, dtype=dtype, seed=1)
     w = decoded(q, scale)
     x.requires_grad_()

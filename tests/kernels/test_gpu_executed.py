@@ -23,9 +23,10 @@ import musubi_kernels
 from musubi_kernels import _triton, testing
 from musubi_kernels._formats import FORMATS, SMALLEST_SCALE
 from musubi_kernels._triton import Shipped
+from musubi_kernels.ops.fp8_linear_dynamic import reference as dynamic_reference
 from musubi_kernels.ops.fp8_quantize import reference
 
-KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "u8": torch.uint8}
+KINDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "u8": torch.uint8, "i8": torch.int8}
 # Relative RMS against float64. A 16-bit result is rounded once, and so is each decoded weight: sqrt(2) x 2^-9 / sqrt(3)
 # for bfloat16. float32 results carry float32 weights of float32 sums.
 TOLERANCE = {"bf16": 2.6e-3, "fp16": 3.3e-4, "fp32": 2e-6}
@@ -180,6 +181,55 @@ def run_sum(case: Case) -> None:
     assert torch.equal(y, (parts[0] + parts[1] + parts[2]).to(y.dtype))
 
 
+def run_dynamic_rows(case: Case) -> None:
+    kind, rows = "int8" if case.constant("INTEGER") else "fp8", 6
+    k = case.constant("BW") + 77
+    x = (torch.randn(rows, k) * torch.exp2(torch.randint(-20, 12, (rows, k)).float())).to(case.dtype("x"))
+    x[1], x[3, 5], x[4, 0] = 0.0, torch.inf, torch.nan
+    codes = torch.zeros(rows, k + 3, dtype=case.dtype("codes"))
+    factors = torch.zeros(rows)
+    case.launch((rows,), x=x, codes=codes, factors=factors, K=k, x_stride=k, codes_stride=k + 3)
+    want, scales = dynamic_reference.quantize_rows(x, kind)
+    torch.testing.assert_close(factors, scales[:, 0], rtol=0, atol=0, equal_nan=True)
+    got = codes[:, :k].float() if kind == "int8" else codes[:, :k].view(torch.float8_e4m3fn).float()
+    assert torch.equal(got, want)
+    assert codes[:, k:].eq(0).all()
+    top = 127.0 if kind == "int8" else 448.0
+    assert want.abs().amax(1).tolist() == [top, 0.0, top, 0.0, 0.0, top]
+
+
+def run_dynamic_product(case: Case) -> None:
+    bm, bn, bk = (case.constant(name) for name in ("BM", "BN", "BK"))
+    m, n, how = _rows(bm), bn + 5, case.constant("SCALES")
+    k, block = _blocks(case, bk)
+    kind = "int8" if case.constant("INTEGER") else "fp8"
+    wide, factors = dynamic_reference.quantize_rows(torch.randn(m, k), kind)
+    wide[0], wide[0, : k // 2] = 0.0, 127.0 if kind == "int8" else 448.0  # the largest sum of a block
+    factors[0] /= 64  # without which that row would be the whole norm
+    codes = wide.to(torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+    q, scale = _weight(case, n, k), _scales(case, n, k, how, block)
+    if kind == "int8":
+        q[0] = torch.arange(k, dtype=torch.int64).remainder(256).to(torch.uint8)  # all codes, infinite ones included
+        table = dynamic_reference.integer_codes(case.fmt).double()
+        q[1] = 0x7E if case.fmt == "e4m3" else 0x7B
+        dense = table[q.long()] * scale.double().repeat_interleave(1 if how == "row" else block, 1)
+        dense *= FORMATS[case.fmt].largest / 127
+    else:
+        dense = _dense(case, q, scale, block)
+    weight = q if kind == "int8" else q.view(FORMATS[case.fmt].dtype)
+    bias, parts = torch.randn(n).to(case.dtype("bias")), 2 if case.constant("PARTS") else 1
+    y = torch.full((parts, m, n), float("nan"), dtype=case.dtype("y"))
+    case.launch(
+        (-(-m // bm) * -(-n // bn), parts),
+        **{"codes": codes, "factors": factors[:, 0], "q": weight, "scale": scale, "bias": bias, "y": y},
+        **{"M": m, "N": n, "K": k, "codes_stride": k, "q_stride": k},
+        **{"scale_row": scale.shape[1], "scale_block": int(scale.shape[1] > 1), "y_stride": n},
+    )
+    extra = bias.double().expand(m, n) if case.constant("HAS_BIAS") else torch.zeros(m, n, dtype=torch.float64)
+    exact = factors.double() * (wide.double() @ dense.T) + extra
+    _compare(case, y.sum(0), exact, case.kind("y"), extra)
+
+
 def _limits(case: Case, dtype: torch.dtype) -> dict[str, float]:
     return {"largest": FORMATS[case.fmt].largest, "smallest": float(torch.tensor(SMALLEST_SCALE).to(dtype))}
 
@@ -259,6 +309,8 @@ DRIVERS: dict[str, Callable[[Case], None]] = {
     "_fp8_linear_dx_kernel": run_input_gradient,
     "_fp8_linear_rows_kernel": run_rows,
     "_fp8_linear_sum_kernel": run_sum,
+    "_dynamic_rows_kernel": run_dynamic_rows,
+    "_dynamic_product_kernel": run_dynamic_product,
     "_fp8_quantize_groups_kernel": run_quantize_groups,
     "_fp8_peaks_kernel": run_peaks,
     "_fp8_scales_kernel": run_scales,

@@ -27,7 +27,7 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-1
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes, layout and types of one product, and how its x and gradient lie in memory."""
+    """Sizes, layout and types of one product, and how x, gradient and weight lie in memory."""
 
     m: int
     n: int
@@ -36,7 +36,7 @@ class Case:
     fmt: str
     dtype: torch.dtype
     scales: torch.dtype
-    lies: tuple[str, str]
+    lies: tuple[str, str, str]
     bias: bool
 
     def weight(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -44,7 +44,10 @@ class Case:
         mode, block = self.layout
         w = normal(self.n, self.k, seed=1)
         q, scale = quantize_fp8(w, mode=mode, block_size=block, fmt=self.fmt, scale_dtype=self.scales)
-        return q, scale, decoded(q, scale)
+        codes = laid(q.view(torch.uint8), self.lies[2]).view(q.dtype)
+        if self.lies[2] != "contiguous":
+            scale = torch.stack([scale, torch.full_like(scale, torch.nan)], -1)[..., 0]
+        return codes, scale, decoded(q, scale)
 
     def activations(self) -> torch.Tensor:
         return laid(normal(self.m, self.k, seed=2).to(self.dtype), self.lies[0]).requires_grad_()
@@ -65,7 +68,7 @@ def laid(tensor: torch.Tensor, how: str) -> torch.Tensor:
         return tensor.t().contiguous().t()
     if how == "expanded":
         return tensor[:1].expand(m, k) if m else tensor
-    wide = torch.full((2 * m, k + 5), torch.nan, dtype=tensor.dtype)
+    wide = torch.full((2 * m, k + 5), torch.nan if tensor.is_floating_point() else 0x7F, dtype=tensor.dtype)
     view = {"unaligned": wide[:m, 1 : k + 1], "every second row": wide[::2, :k]}.get(how, tensor)
     return view.copy_(tensor)
 
@@ -80,7 +83,7 @@ CASES = st.builds(
     fmt=FORMATS,
     dtype=DTYPES,
     scales=DTYPES,
-    lies=st.tuples(st.sampled_from(LIES[:4]), st.sampled_from(LIES)),
+    lies=st.tuples(st.sampled_from(LIES[:4]), st.sampled_from(LIES), st.sampled_from(LIES[:4])),
     bias=st.booleans(),
 )
 
@@ -91,23 +94,36 @@ def weight(n: int, k: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 @SETTINGS
 @given(
-    n=st.integers(1, 40), blocks=st.integers(1, 9), dtype=DTYPES, layout=LAYOUTS, fmt=FORMATS, seed=st.integers(0, 99)
+    n=st.integers(0, 40),
+    k=st.one_of(st.integers(0, 300), st.sampled_from([64, 96, 128, 256, 512])),
+    types=st.tuples(DTYPES, st.one_of(st.none(), DTYPES), DTYPES),
+    layout=LAYOUTS,
+    fmt=FORMATS,
+    how=st.sampled_from(LIES[:4]),
+    power=st.integers(-6, 6),
 )
 def test_every_body_gives_the_references_bytes(
-    *, n: int, blocks: int, dtype: torch.dtype, layout: tuple[str, int], fmt: str, seed: int
+    *,
+    n: int,
+    k: int,
+    types: tuple[torch.dtype, torch.dtype | None, torch.dtype],
+    layout: tuple[str, int],
+    fmt: str,
+    how: str,
+    power: int,
 ) -> None:
-    w = weight(n, blocks * 32 + seed % 2, dtype, seed)
+    """Codes, scales, and the weight again in any dtype, for weights of any size and place in memory."""
+    given_as, scale_dtype, wanted = types
+    w = laid((normal(n, k, seed=n + k) * 2.0**power).to(given_as), how)
     results = []
     for body in bodies():
-        with pytest.MonkeyPatch.context() as patch:
-            pin(patch, body)
-            q, scale = quantize_fp8(w, mode=layout[0], block_size=layout[1], fmt=fmt)
-            back = dequantize_fp8(q, scale)
+        with pinned(body):
+            q, scale = quantize_fp8(w, mode=layout[0], block_size=layout[1], fmt=fmt, scale_dtype=scale_dtype)
+            back = dequantize_fp8(q, scale, dtype=wanted)
         results.append((q.view(torch.uint8), scale, back))
-    for q, scale, back in results[1:]:
-        assert torch.equal(q, results[0][0])
-        assert torch.equal(scale, results[0][1])
-        assert torch.equal(back, results[0][2])
+    for body, result in zip(bodies()[1:], results[1:], strict=True):
+        for name, ours, reference in zip(("codes", "scales", "weight"), result, results[0], strict=True):
+            assert torch.equal(ours, reference), f"{name} of {body}"
 
 
 @SETTINGS

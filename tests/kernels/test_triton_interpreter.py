@@ -18,6 +18,7 @@ import triton.language as tl  # noqa: E402 (only where triton is there)
 
 from musubi_kernels import testing  # noqa: E402
 from musubi_kernels._ptx import UnknownAssembly, run_ptx  # noqa: E402
+from musubi_kernels._ptx_decoders import decoder  # noqa: E402
 
 E4M3, E5M2, BF16, F32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float32
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
@@ -399,3 +400,15 @@ def test_unknown_assembly_is_refused_with_its_text() -> None:
 def test_ptx_opcodes_do_what_the_manual_says(asm: str, inputs: tuple[int, ...], want: int) -> None:
     registers = [np.array([value], np.uint32) for value in inputs]
     assert run_ptx(asm, registers, 1)[0].tolist() == [want]
+
+
+@pytest.mark.parametrize(("way", "value"), [("bits", 480.0), ("convert", float("nan"))])
+def test_what_a_nan_code_becomes_in_a_product(way: str, value: float) -> None:
+    """sm_80 and sm_86 decode e4m3 by its bits, where NaN reads as 480: `quantize_fp8` writes none, and a
+    check would cost two instructions for four weights."""
+    how = decoder("e4m3", "fp16", way, scaled=False, split=False)
+    scale = int(np.array([how.before], np.float16).view(np.uint16)[0]) * 0x10001
+    codes = np.array([0x7F387EFF], np.uint32)
+    results = run_ptx(how.words, [codes, np.full(1, scale, np.uint32)], 4)
+    got = [float(r.astype(np.uint16).view(np.float16)[0]) * how.after for r in results]
+    np.testing.assert_array_equal(got, [-value, 448.0, 1.0, value])

@@ -13,7 +13,15 @@ import torch
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 from kernel_checks import decoded, relative
-from musubi_kernels import dequantize_fp8, explain, fp8_linear, fp8_lora_linear, quantize_fp8, testing
+from musubi_kernels import (
+    dequantize_fp8,
+    explain,
+    fp8_linear,
+    fp8_linear_dynamic,
+    fp8_lora_linear,
+    quantize_fp8,
+    testing,
+)
 
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 LAYOUTS = [("block", 64), ("block", 32), ("block", 48), ("channel", 64), ("tensor", 64)]
@@ -110,3 +118,39 @@ def test_the_interpreter_serves_only_who_asks_for_it(monkeypatch: pytest.MonkeyP
     assert "triton (pinned" in explain(fp8_linear, x, q, scale)
     monkeypatch.delenv("MUSUBI_KERNELS")
     assert "which only MUSUBI_KERNELS=triton asks for" in explain(fp8_linear, x, q, scale)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [(3, 37, 192), (20, 50, 96)], ids=str)
+def test_products_in_eight_bits_equal_the_reference(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int], dtype: torch.dtype, kind: str
+) -> None:
+    m, n, k = size
+    for number, (mode, block) in enumerate(LAYOUTS):
+        if mode == "block" and block == 48:
+            continue  # refused: see below
+        q, scale = quantize_fp8(
+            normal(n, k, seed=number), mode=mode, block_size=block, fmt="e5m2" if number % 2 else "e4m3"
+        )
+        x, bias = normal(m, k, seed=7, dtype=dtype), normal(n, seed=8, dtype=dtype)
+        x[0] = 0
+        y = fp8_linear_dynamic(x, q, scale, bias, kind=kind)
+        with monkeypatch.context() as patch:
+            patch.setenv("MUSUBI_KERNELS", "reference")
+            exact = fp8_linear_dynamic(x.float(), q, scale, bias, kind=kind)  # codes are made in float32
+        assert y.dtype == dtype
+        assert relative(y, exact) <= allowed(exact, dtype), (mode, block)
+        assert relative(bias.expand(m, n), exact) >= 0.5
+        assert torch.equal(y[0], bias)
+
+
+def test_products_in_eight_bits_say_what_they_cannot_do() -> None:
+    q, scale = quantize_fp8(normal(8, 96, seed=0), block_size=48)
+    x = normal(3, 96, seed=1)
+    with pytest.raises(ValueError, match="blocks of 48 scales are no multiple of 32"):
+        fp8_linear_dynamic(x, q, scale)
+    q, scale = quantize_fp8(normal(8, 128, seed=0))
+    said = explain(fp8_linear_dynamic, x.new_ones(20, 128), q, scale)
+    assert "by tile 32x32x64-w4s2 (20 rows)" in said
+    assert "cuda: not used because its 8-bit products are in Triton only" in said

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from musubi_tuner.adapters.attach import NetworkArgs, attach
 from musubi_tuner.families import registry
 from musubi_tuner.flow import keyed
-from musubi_tuner.memory.block_swap import BlockSwap, _Kept, _Resting, resting_bytes
+from musubi_tuner.memory.block_swap import BlockSwap
+from musubi_tuner.memory.resting import Kept, Resting, resting_bytes
 from musubi_tuner.nn.checkpointing import checkpointed
 from musubi_tuner.nn.compiling import CompileSettings, compile_blocks
 from musubi_tuner.nn.runner import Run, direct
@@ -146,15 +147,15 @@ FAULTS = {  # what is done wrong, and whether checkpointing shows it
     ),
     "let go before backward has ended": (BlockSwap, "hold", hold_for_a_moment, True),
     "leave weights on the device": (
-        _Resting,
+        Resting,
         "show",
-        lambda rest, slot, show=_Resting.show: slot is not None and show(rest, slot),
+        lambda rest, slot, show=Resting.show: slot is not None and show(rest, slot),
         True,
     ),
     "find weights at another place": (
-        _Kept,
+        Kept,
         "found",
-        lambda kept, memory, found=_Kept.found: found(replace(kept, offset=max(0, kept.offset - 1)), memory),
+        lambda kept, memory, found=Kept.found: found(replace(kept, offset=max(0, kept.offset - 1)), memory),
         True,
     ),
     "let go of nothing": (BlockSwap, "_let_go", never, True),
@@ -298,3 +299,28 @@ def test_what_cannot_be_a_ring_is_told():
         BlockSwap([], StandIn())
     with pytest.raises(ValueError, match="1 blocks in a ring of 0 slots"):
         BlockSwap([nn.Linear(2, 2)], StandIn(), ring=0)
+    with pytest.raises(ValueError, match="a block of 4352 bytes joins slots of 512"):
+        BlockSwap([nn.Linear(2, 2).requires_grad_(False)], StandIn()).join([nn.Linear(32, 32).requires_grad_(False)])
+
+
+def test_two_models_that_take_turns_share_the_slots():
+    """As two experts by noise level do: other weights, one ring, every number as without swap."""
+
+    def pair() -> list[Model]:
+        models = [Model("wan"), Model("wan")]
+        with torch.no_grad():
+            for parameter in models[1].dit.parameters():
+                parameter.mul_(0.9)
+        return models
+
+    def turns(models: list[Model], run: Run) -> list[Tensor]:
+        return [value for turn in range(2) for model in models for value in model.train(run, run)[: 3 + turn]]
+
+    expected = turns(pair(), direct)
+    models, lanes = pair(), StandIn()
+    swap = models[0].swap(2, lanes, ring=2)
+    swap.join(models[1].blocks[-2:])
+    with watching(lanes):
+        assert equal(turns(models, swap.run()), expected)
+    assert len(lanes.slots) == 2
+    assert len(swap.resting) == 4

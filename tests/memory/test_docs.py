@@ -13,8 +13,8 @@ from musubi_tuner.families import registry
 from musubi_tuner.families.framepack.model import FramePackConfig, FramePackModel
 from musubi_tuner.families.hunyuan_video.model import HunyuanVideoConfig, HunyuanVideoModel
 from musubi_tuner.families.wan.model import WanConfig, WanModel
-from musubi_tuner.memory.block_swap import resting_bytes
 from musubi_tuner.memory.plan import shared_out
+from musubi_tuner.memory.resting import resting_bytes
 from musubi_tuner.nn.linear import fp8_slot, replace_linears
 from musubi_tuner.weights.policy import Fp8Policy
 

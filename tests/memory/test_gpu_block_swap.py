@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from musubi_tuner.flow import keyed
-from musubi_tuner.memory.block_swap import BlockSwap, resting_bytes
+from musubi_tuner.memory.block_swap import BlockSwap
 from musubi_tuner.memory.lanes import CudaLanes, Lanes
+from musubi_tuner.memory.resting import resting_bytes
 from musubi_tuner.nn.checkpointing import checkpointed
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.weights.load import materialize

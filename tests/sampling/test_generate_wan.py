@@ -12,9 +12,11 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import parse
 from musubi_tuner.families import registry
 from musubi_tuner.memory import plan
-from musubi_tuner.sampling import assembly, generate, outputs
+from musubi_tuner.sampling import assembly, generate, outputs, source_video
+from real_media import CLIPS
 from swap_stand_in import StandIn
 
+CPU = torch.device("cpu")
 GOLDEN = Path(__file__).parents[1] / "data" / "reference" / "golden"
 DIT = {"num_heads": 3, "text_len": 10}
 VAE = {"base_dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 1}
@@ -139,6 +141,30 @@ def test_fp8_stays_close_and_a_lora_moves_it(run, models, tmp_path):
     assert relative(moved, exact) > 1e-3
 
 
+def test_wan_too_multiplies_fast_merges_into_a_file_and_begins_from_a_video(run, models, tmp_path, caplog):
+    """The options of generation that all families share, on its own weights, VAE and a real video."""
+    words = ("--prompt", "a red seven", "--video_length", "5", "--output_type", "latent")
+    scaled = latents_of(run(*words, "--fp8", "--fp8_scaled", folder="scaled"))
+    with caplog.at_level("INFO"):
+        fast = latents_of(run(*words, "--fp8", "--fp8_scaled", "--fp8_fast", folder="fast"))
+    assert caplog.text.count("FP8 layers multiply int8 activations") == 1
+    assert 1e-5 < relative(fast, scaled) < 0.05
+    name = "lora_unet_blocks_0_ffn_0"
+    save_file(
+        {f"{name}.lora_down.weight": torch.ones(2, 96), f"{name}.lora_up.weight": torch.full((160, 2), 0.05)},
+        tmp_path / "lora.safetensors",
+    )
+    lora = ("--lora_weight", tmp_path / "lora.safetensors")
+    run(*lora, "--save_merged_model", tmp_path / "merged.safetensors", folder=".")
+    merged = latents_of(run(*words, "--dit", tmp_path / "merged.safetensors", "--fp8", folder="merged"))
+    assert torch.equal(merged, latents_of(run(*words, *lora, "--fp8", folder="lora")))
+    video = ("--video_path", CLIPS / "carphone_pristine.mp4", "--infer_steps", "4")
+    near, far = (latents_of(run(*words, *video, "--strength", s, folder=s)) for s in ("0.25", "1"))
+    vae = registry.get("wan").load_vae(str(models / "vae.safetensors"), device=CPU, dtype=torch.float32)
+    source = vae.encode(source_video.read(str(video[1]), 5, 48, 32, CPU)[None])[0]
+    assert relative(near, source) < 0.8 * relative(far, source)
+
+
 @pytest.mark.shows("compile_args", "attn_mode")
 def test_compiled_blocks_sample_the_same(run, monkeypatch, caplog):
     """Both spellings, and the old one, reach the transformer; the samples are those of the plain blocks."""
@@ -172,7 +198,10 @@ def test_compiled_blocks_sample_the_same(run, monkeypatch, caplog):
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("more", [(), ("--fp8", "--fp8_scaled"), ("--magcache_mag_ratios", "1,0.9,0.95")])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("--fp8", "--fp8_scaled"), ("--fp8", "--fp8_fast"), ("--magcache_mag_ratios", "1,0.9,0.95")],
+)
 def test_swapped_blocks_sample_the_same(run, monkeypatch, caplog, more):
     """On a stand-in for a device: both branches of guidance, FP8, skipped steps, and the terminal's prompts."""
     devices = []

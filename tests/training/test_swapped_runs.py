@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.known import known_elsewhere
@@ -17,6 +18,7 @@ from musubi_tuner.sampling.request import Request
 from musubi_tuner.training import prepare, preview, run
 from musubi_tuner.training.runtime import LocalRuntime
 from musubi_tuner.weights import load
+from musubi_tuner.weights.write import atomic_save_safetensors
 from swap_stand_in import StandIn, watching
 from tiny_models import TINY
 from training_place import make_place, tensors_in, words_of
@@ -122,6 +124,23 @@ def test_a_whole_run_keeps_the_order(name, places, tmp_path, device, monkeypatch
         words = ["--max_train_steps", "2", "--blocks_to_swap", "2", "--img_in_txt_in_offloading"]
         train(name, places[name], tmp_path, *AGAIN, *words)
     assert len(device[-1].copies) > 8
+
+
+def test_two_experts_swap_in_one_ring(places, tmp_path, device, caplog):
+    """Each batch goes to the expert of its noise level; the LoRA that they share is that of a run without swap."""
+    place = places["wan"]
+    with safe_open(place / "dit.safetensors", "pt") as file:
+        told = file.metadata()
+    high = {key: value * 0.9 for key, value in tensors_in(place / "dit.safetensors").items()}
+    atomic_save_safetensors(tmp_path / "high.safetensors", high, told)
+    words = ["--dit_high_noise", str(tmp_path / "high.safetensors"), "--timestep_boundary", "500"]
+    expected = train("wan", place, tmp_path / "plain", *AGAIN, *words)
+    with caplog.at_level(logging.INFO):
+        assert same(train("wan", place, tmp_path / "out", *AGAIN, *words, "--blocks_to_swap", "2"), expected)
+    assert "block swap: 2 of 3 blocks of each transformer rest on the host" in caplog.text
+    assert (len(device[-1].slots), len(device[-1].homes)) == (2, 4)
+    with pytest.raises(UserError, match="leave offload_inactive_dit out"):
+        train("wan", place, tmp_path / "moved", *words, "--blocks_to_swap", "2", "--offload_inactive_dit")
 
 
 class Window:

@@ -74,6 +74,18 @@ def test_the_file_gives_what_the_adapters_give(name, fp8, tmp_path):
         assert {**before.header.metadata, "musubi.merged": '["a x 0.7"]'} == after.header.metadata
 
 
+def test_a_pickle_with_its_wrapper_becomes_a_file_of_its_tensors(tmp_path):
+    """As HunyuanVideo is published: `.pt`, read with weights_only."""
+    source = checkpoint_of("hunyuan_video", tmp_path)
+    torch.save({"module": load_file(source)}, tmp_path / "mp_rank_00_model_states.pt")
+    lora = [lora_of("hunyuan_video")]
+    merged("hunyuan_video", source, tmp_path / "a.safetensors", lora)
+    merged("hunyuan_video", tmp_path / "mp_rank_00_model_states.pt", tmp_path / "b.safetensors", lora)
+    a, b = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 def test_another_precision_rounds_what_is_merged_once_more(tmp_path):
     source = checkpoint_of("wan", tmp_path)
     merged("wan", source, tmp_path / "own.safetensors", [lora_of("wan")])

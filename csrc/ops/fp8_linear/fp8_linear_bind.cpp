@@ -22,10 +22,52 @@ void linear(int64_t isa, bool transposed, int64_t threads,                      
   kernel(task);
 }
 
+// A product with all that does not change from call to call: checked and converted once, so that a call passes
+// addresses only. Everything is contiguous.
+class Prepared {
+ public:
+  Prepared(int64_t isa, bool transposed, int64_t x_dtype, int64_t w_rows, int64_t w_cols, int64_t scale_row,
+           int64_t scale_block, int64_t block, int64_t scale_dtype, int64_t format)
+      : kernel_(linear_kernel(isa_of(isa))) {
+    task_.transposed = transposed;
+    task_.w = fp8_rows_of(0, w_rows, w_cols, w_cols, 0, scale_row, scale_block, block, scale_dtype, format);
+    const int64_t inputs = transposed ? w_rows : w_cols;
+    task_.x = rows_of(0, 0, inputs, inputs, x_dtype);
+    task_.out_dtype = task_.x.dtype;
+  }
+
+  void run(int64_t threads, int64_t x, int64_t rows, int64_t codes, int64_t scale, int64_t bias, int64_t bias_dtype,
+           int64_t low, int64_t rank, int64_t tail, int64_t tail_dtype, double strength, int64_t out) const {
+    LinearTask task = task_;
+    task.threads = static_cast<int>(threads);
+    task.x.data = pointer(x);
+    task.x.rows = rows;
+    task.w.codes = static_cast<const uint8_t*>(pointer(codes));
+    task.w.scale = pointer(scale);
+    task.bias = rows_of(bias, 1, task.outputs(), 0, bias_dtype);
+    if (low != 0) {
+      task.low = Rows{pointer(low), rows, rank, rank, task.x.dtype};
+      task.tail = task.transposed ? rows_of(tail, rank, task.w.cols, task.w.cols, tail_dtype)
+                                  : rows_of(tail, task.w.rows, rank, rank, tail_dtype);
+      task.strength = static_cast<float>(strength);
+    }
+    task.out = pointer(out);
+    pybind11::gil_scoped_release release;
+    kernel_(task);
+  }
+
+ private:
+  LinearTask task_;
+  LinearKernel kernel_;
+};
+
 }  // namespace
 
 void bind_fp8_linear(pybind11::module_& module) {
   module.def("linear", &linear, "out = x P + bias + strength * low * tail, with P = W^T or W in FP8");
+  pybind11::class_<Prepared>(module, "Linear")
+      .def(pybind11::init<int64_t, bool, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>())
+      .def("run", &Prepared::run, "The same on contiguous matrices, by their addresses");
 }
 
 }  // namespace musubi

@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,7 @@ def cache_latents(family: Family, options: Resolved) -> None:
         encoders = family.load_encoders(own[0], device=device, dtype=dtype) if own else None
         return lambda items: family.encode_latents([_moved(item, device) for item in items], vae, encoders)
 
-    with torch.backends.cudnn.flags(enabled=False) if vae_options.disable_cudnn_backend else nullcontext():
-        _run(family.spec, "latent", chosen, settings, load_encode)
+    _run(family.spec, "latent", chosen, settings, load_encode)
 
 
 def cache_text(family: Family, options: Resolved) -> None:

@@ -11,15 +11,14 @@ It is a way of running blocks (`nn.runner.Run`): the model, checkpointing, step 
 are without it. Between visits a block's tensors show their host memory, so what reads weights finds them there. A
 backward pass without checkpointing finds the weights that autograd keeps by block and place, wherever they are by then.
 
-Weights that are trained (`trained`) rest with their gradients: each gradient is added on the host as soon as it is
-whole, and the optimizer steps there.
+Weights that are trained (`trained`) are copied anew in every forward pass: the optimizer changes them on the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -28,21 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from musubi_tuner.memory.lanes import Lanes, Mark
+from musubi_tuner.memory.resting import Kept, Resting, resting_bytes
 from musubi_tuner.nn.runner import Run, direct
-
-ALIGNMENT = 256
-"""Bytes that every tensor of a block begins at a multiple of: enough for any load, and for CUDA's own allocations."""
-
-
-def resting_tensors(block: nn.Module, *, trained: bool) -> list[Tensor]:
-    """What of a block rests on the host: buffers and frozen parameters; with `trained` every parameter."""
-    parameters = (p for p in block.parameters() if trained or not p.requires_grad)
-    return list({id(t): t for t in (*parameters, *block.buffers())}.values())
-
-
-def resting_bytes(block: nn.Module, *, trained: bool = False) -> int:
-    """Size of a block at rest, also where it is still on meta."""
-    return sum(_aligned(tensor.nbytes) for tensor in resting_tensors(block, trained=trained))
 
 
 class BlockSwap:
@@ -50,7 +36,7 @@ class BlockSwap:
 
     trained: the weights themselves are trained. inputs: frozen modules that are called before the blocks, and rest and
     visit like them. Takes over the tensors: they are packed on the host, one block after the other, and what does not
-    rest (an adapter's factors) moves to the device.
+    rest (an adapter's factors) moves to the device. Models that are never run together share the slots (`join`).
     """
 
     def __init__(
@@ -62,23 +48,40 @@ class BlockSwap:
         trained: bool = False,
         inputs: Sequence[nn.Module] = (),
     ) -> None:
-        modules = [*inputs, *blocks]
-        if ring < 1 or not modules:
-            raise ValueError(f"{len(modules)} blocks in a ring of {ring} slots: at least 1 of both")
+        count = len(inputs) + len(blocks)
+        if ring < 1 or not count:
+            raise ValueError(f"{count} blocks in a ring of {ring} slots: at least 1 of both")
         self.lanes, self.trained = lanes, trained
-        self.resting = [_Resting.pack(module, lanes, trained=trained) for module in modules]
-        size = max(rest.memory.nbytes for rest in self.resting)
-        self.slots = [_Slot(lanes.slot(size)) for _ in range(min(ring, len(modules)))]
-        for slot in self.slots:
-            slot.free = lanes.mark()
+        self.resting: list[Resting] = []
+        self.slots: list[_Slot] = []
+        self._stacks: list[range] = []
+        """Of each place, those of its model."""
+        self._visitors: dict[nn.Module, _Visitor] = {}
         self._forward, self._recomputed = False, False
         self._held: int | None = None
-        self._visitors = {block: _Visitor(self, block, place) for place, block in enumerate(blocks, len(inputs))}
-        for place, module in enumerate(inputs):
-            module.register_forward_pre_hook(partial(self._input_comes, place))
-            module.register_forward_hook(partial(self._input_goes, place), always_call=True)
-        if trained:
-            self._watch_gradients()
+        self.join(blocks, inputs)
+        size = max(rest.memory.nbytes for rest in self.resting)
+        self.slots = [_Slot(lanes.slot(size)) for _ in range(min(ring, count))]
+        for slot in self.slots:
+            slot.free = lanes.mark()
+
+    def join(self, blocks: Sequence[nn.Module], inputs: Sequence[nn.Module] = ()) -> None:
+        """Let the blocks of one more model, of the same sizes, visit the same slots."""
+        start, largest = len(self.resting), max((slot.memory.nbytes for slot in self.slots), default=None)
+        sizes = [resting_bytes(module, trained=self.trained) for module in (*inputs, *blocks)]
+        if largest is not None and max(sizes, default=0) > largest:
+            raise ValueError(f"a block of {max(sizes)} bytes joins slots of {largest}: models must have equal sizes")
+        stack = range(start, start + len(inputs) + len(blocks))
+        for place, module in zip(stack, (*inputs, *blocks), strict=True):
+            self.resting.append(Resting.pack(module, self.lanes, trained=self.trained))
+            self._stacks.append(stack)
+            if place < start + len(inputs):
+                module.register_forward_pre_hook(partial(self._input_comes, place))
+                module.register_forward_hook(partial(self._input_goes, place), always_call=True)
+            else:
+                self._visitors[module] = _Visitor(self, module, place)
+            if self.trained:
+                self.resting[place].watch_gradients()
 
     @property
     def host_bytes(self) -> int:
@@ -140,7 +143,7 @@ class BlockSwap:
         if place == self._held:
             return next(slot for slot in self.slots if slot.block == place)
         if self._held is None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._let_go)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
         self._let_go()
         slot = self._enter(place)
         self._held = place
@@ -155,13 +158,14 @@ class BlockSwap:
 
     def _after(self, place: int) -> Iterator[int]:
         """The blocks in the order of their use from `place` on, in a forward pass."""
-        count = len(self.resting)
-        turn = range(count - 1, -1, -1) if torch.is_grad_enabled() else range(count)
-        return chain(range(place, count), turn)
+        stack = self._stacks[place]
+        turn = reversed(stack) if torch.is_grad_enabled() else iter(stack)
+        return chain(range(place, stack.stop), turn)
 
     def _before(self, place: int) -> Iterator[int]:
         """The same in a backward pass, and on into the next forward pass."""
-        return chain(range(place, -1, -1), range(place, len(self.resting)))
+        stack = self._stacks[place]
+        return chain(range(place, stack.start - 1, -1), range(place, stack.stop))
 
     def _announced(self, place: int, h: Any) -> Any:
         """What a block gave, `h`: backward holds the block before it comes to what made it."""
@@ -180,12 +184,12 @@ class BlockSwap:
             return nullcontext()
         memory = slot.memory.untyped_storage().data_ptr()
 
-        def pack(tensor: Tensor) -> Tensor | _Kept:
+        def pack(tensor: Tensor) -> Tensor | Kept:
             if tensor.untyped_storage().data_ptr() != memory:
                 return tensor
-            return _Kept(place, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+            return Kept(place, tensor.dtype, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
-        def unpack(kept: Tensor | _Kept) -> Tensor:
+        def unpack(kept: Tensor | Kept) -> Tensor:
             return kept if isinstance(kept, Tensor) else kept.found(self.hold(kept.place).memory)
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
@@ -226,12 +230,6 @@ class BlockSwap:
         wanted = set(keep)
         return next((slot for slot in self.slots if not slot.users and slot.block not in wanted), None)
 
-    def _watch_gradients(self) -> None:
-        for rest in self.resting:
-            for tensor in rest.tensors:
-                if tensor.requires_grad:
-                    tensor.register_post_accumulate_grad_hook(rest.take_gradient)
-
 
 @dataclass
 class _Slot:
@@ -244,77 +242,6 @@ class _Slot:
     users: int = 0
 
 
-@dataclass
-class _Resting:
-    """A block's tensors and the host memory that they lie in, each at its place."""
-
-    tensors: list[Tensor]
-    memory: Tensor
-    places: list[_Kept]
-    gradients: dict[Tensor, Tensor] = field(default_factory=dict)
-    _views: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    @classmethod
-    def pack(cls, block: nn.Module, lanes: Lanes, *, trained: bool) -> _Resting:
-        """Copy a block's tensors into one stretch of host memory; the others of its tensors move to the device."""
-        tensors = resting_tensors(block, trained=trained)
-        memory, start, places = lanes.rest(resting_bytes(block, trained=trained)), 0, []
-        for tensor in tensors:
-            whole = torch.empty(tensor.shape, device="meta")
-            places.append(_Kept(0, tensor.dtype, start // tensor.dtype.itemsize, tuple(tensor.shape), whole.stride()))
-            start += _aligned(tensor.nbytes)
-        rest = cls(tensors, memory, places)
-        for tensor, home in zip(tensors, rest._seen(memory), strict=True):
-            home.copy_(tensor.detach())
-        rest.show(None)
-        stay = {id(tensor) for tensor in tensors}
-        for parameter in block.parameters():
-            if id(parameter) not in stay:
-                parameter.data = parameter.data.to(lanes.device)
-        return rest
-
-    def show(self, slot: Tensor | None) -> None:
-        """Let the tensors show `slot`; None: their host memory, with the gradients that came meanwhile."""
-        for tensor, view in zip(self.tensors, self._seen(self.memory if slot is None else slot), strict=True):
-            if slot is None:
-                tensor.data = view
-                if tensor in self.gradients:
-                    tensor.grad = self.gradients.pop(tensor)
-            else:
-                if tensor.grad is not None:
-                    self.gradients[tensor], tensor.grad = tensor.grad, None
-                tensor.data = view
-
-    def take_gradient(self, parameter: Tensor) -> None:
-        """Add a gradient that backward has just made to that on the host."""
-        assert parameter.grad is not None
-        new, parameter.grad = parameter.grad.to(self.memory.device), None
-        before = self.gradients.get(parameter)
-        self.gradients[parameter] = new if before is None else before.add_(new)
-
-    def _seen(self, memory: Tensor) -> list[Tensor]:
-        """The tensors of the block in `memory`."""
-        key = memory.data_ptr()
-        if key not in self._views:
-            self._views[key] = [place.found(memory) for place in self.places]
-        return self._views[key]
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """A tensor in a block's memory, in elements of its dtype."""
-
-    place: int
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def found(self, memory: Tensor) -> Tensor:
-        blank = torch.empty(0, dtype=self.dtype, device=memory.device)
-        return blank.set_(memory.untyped_storage(), self.offset, self.shape, self.stride)  # type: ignore[call-overload]
-
-
 class _Visitor(nn.Module):
     """A swapped block as the inner run sees it."""
 
@@ -324,7 +251,3 @@ class _Visitor(nn.Module):
 
     def forward(self, h: Any, ctx: Any) -> Any:
         return self.swap.visit(self.place, self.block, h, ctx)
-
-
-def _aligned(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT

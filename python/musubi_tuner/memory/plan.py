@@ -87,35 +87,44 @@ class MemoryPlan:
         """Modules whose tensors the loader leaves in host memory."""
         return (*self.inputs, *self.blocks)
 
-    def install(self, dit: nn.Module) -> tuple[BlockSwap, ...]:
-        """Begin to swap in a model that is loaded, and has its adapter, or in both of two experts; tells the sizes."""
-        found = [self._install(part) for part in transformers(dit)]
-        return tuple(swap for swap in found if swap is not None)
+    def install(self, dit: nn.Module) -> BlockSwap | None:
+        """Begin to swap in a model that is loaded, and has its adapter; tells the sizes. None: nothing rests.
 
-    def _install(self, dit: nn.Module) -> BlockSwap | None:
+        Two experts share the slots.
+        """
         if self.lanes is None or not self.host:
             return None
+        swap: BlockSwap | None = None
+        for part in transformers(dit):
+            blocks, inputs = [part.get_submodule(path) for path in self.blocks], self._inputs(part)
+            if swap is not None:
+                swap.join(blocks, inputs)
+            elif blocks or inputs:
+                swap = BlockSwap(blocks, self.lanes, ring=self.ring, trained=self.trained, inputs=inputs)
+        if swap is not None:
+            self._tell(dit, swap)
+        return swap
+
+    def _inputs(self, dit: nn.Module) -> list[nn.Module]:
+        """The input layers that may rest; those that are trained go to the device."""
         inputs = [dit.get_submodule(path) for path in self.inputs]
         moved = [module for module in inputs if any(p.requires_grad for p in module.parameters())]
         for module in moved:
+            assert self.lanes is not None
             module.to(self.lanes.device)
         if moved:
             log.warning("img_in_txt_in_offloading: %d of its layers are trained, and stay on the device", len(moved))
-        kept = [module for module in inputs if module not in moved]
-        blocks = [dit.get_submodule(path) for path in self.blocks]
-        if not kept and not blocks:
-            return None
-        swap = BlockSwap(blocks, self.lanes, ring=self.ring, trained=self.trained, inputs=kept)
-        self._tell(dit, swap)
-        return swap
+        return [module for module in inputs if module not in moved]
 
     def _tell(self, dit: nn.Module, swap: BlockSwap) -> None:
         resting = {id(tensor) for rest in swap.resting for tensor in rest.tensors}
         tensors = {id(t): t for t in (*dit.parameters(), *dit.buffers()) if id(t) not in resting}
         assert self.lanes is not None
         log.info(
-            "block swap: %s rest on the host in %.2f GiB of %s memory; on %s: %d slots of %.2f GiB, and %.2f GiB stay",
+            "block swap: %s%s rest on the host in %.2f GiB of %s memory; on %s: %d slots of %.2f GiB, "
+            "and %.2f GiB stay",
             self.about,
+            " of each transformer" if len(transformers(dit)) > 1 else "",
             swap.host_bytes / _GIB,
             "pinned" if self.lanes.pinned else "ordinary",
             self.lanes.device,
@@ -196,9 +205,6 @@ def most_swapped(lengths: Sequence[int]) -> int:
     return max(2 * (large - 1), 2 * ((small - 1) // 2) - 1, min(small - 1, 1))
 
 
-def swapped(swaps: Sequence[BlockSwap], inner: Run = direct, *, recomputed: bool = False) -> Run:
-    """`inner` with the blocks of `swaps`, if there are any; see `BlockSwap.run`. Of two experts a pass meets the blocks
-    of one."""
-    for swap in swaps:
-        inner = swap.run(inner, recomputed=recomputed)
-    return inner
+def swapped(swap: BlockSwap | None, inner: Run = direct, *, recomputed: bool = False) -> Run:
+    """`inner` with the blocks of `swap`, if there are any; see `BlockSwap.run`."""
+    return inner if swap is None else swap.run(inner, recomputed=recomputed)

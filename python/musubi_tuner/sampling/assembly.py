@@ -99,7 +99,9 @@ def open_transformer(family: Family, options: Resolved) -> Opened:
     opened = open_one(chosen.dit, merges)
     if plan is None:
         return opened
-    high = replace(lora, lora_weight=plan.lora_weight, lora_multiplier=plan.lora_multiplier)
+    count = len(plan.lora_weight)  # patterns are for files by their place, in either expert
+    patterns = {name: getattr(lora, name)[:count] for name in ("include_patterns", "exclude_patterns")}
+    high = replace(lora, lora_weight=plan.lora_weight, lora_multiplier=plan.lora_multiplier, **patterns)
     return open_experts(opened, plan, _merges(high), open_one)
 
 

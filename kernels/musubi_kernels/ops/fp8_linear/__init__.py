@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from musubi_kernels import _eager
 from musubi_kernels._checks import autocast, check_activation, check_bias, rows_of
 from musubi_kernels._explain import Plan, planned_by
 from musubi_kernels._formats import check_pair, format_of
@@ -30,7 +31,7 @@ FORWARD.serve("triton", triton.fp8_linear, triton.refuses, triton.tells)
 FORWARD.serve("cuda", cuda.fp8_linear, cuda.refuses, cuda.tells)
 FORWARD.serve("reference", reference.fp8_linear)
 
-INPUT_GRADIENT = Op("fp8_linear_dx", "(Tensor grad, Tensor q, Tensor scale, str fmt) -> Tensor", _dx_fake)
+INPUT_GRADIENT = Op("fp8_linear_dx", "(Tensor grad, Tensor q, Tensor scale, str fmt) -> Tensor", _dx_fake, short=True)
 INPUT_GRADIENT.serve("native", native.fp8_linear_dx, native.refuses_dx)
 INPUT_GRADIENT.serve("triton", triton.fp8_linear_dx, triton.refuses_dx, triton.tells_dx)
 INPUT_GRADIENT.serve("cuda", cuda.fp8_linear_dx, cuda.refuses_dx, cuda.tells_dx)
@@ -100,8 +101,20 @@ def fp8_linear(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torc
     Raises:
         ValueError: a shape, dtype or device does not fit, with the values.
     """
-    plan = _plan(x, q, scale, bias)
-    y: torch.Tensor = plan.op(*plan.args)
+    y: torch.Tensor
+    plan = None
+    if _eager.free(x, q, scale, bias) and not (q.requires_grad or scale.requires_grad):
+        x = autocast(x)
+        key = (_eager.settings(), x.dtype, x.device, x.shape[-1:], *(_eager.facts(each) for each in (q, scale, bias)))
+        body = FORWARD.settled(key)
+        if body is None:
+            plan = _plan(x, q, scale, bias)
+            body = FORWARD.settle(key, plan.args)
+        if body is not None:
+            y = FORWARD.direct(body, x, q.view(torch.uint8), scale, bias, format_of(q).name)
+            return y
+    plan = plan or _plan(x, q, scale, bias)
+    y = plan.op(*plan.args)
     return y
 
 

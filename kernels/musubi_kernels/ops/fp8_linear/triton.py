@@ -397,7 +397,7 @@ def shipped() -> Iterator[Shipped]:
 
 def _shipped_sum() -> Iterator[Shipped]:
     function = _triton.kernels("fp8_linear")._fp8_linear_sum_kernel
-    for kind in ("bf16", "fp16"):
+    for kind in ("bf16", "fp16", "fp32"):
         yield Shipped(
             name=f"fp8_linear_sum-{kind}",
             function=function,

@@ -17,7 +17,7 @@ from musubi_kernels._explain import Plan, planned_by
 from musubi_kernels._formats import check_pair, format_of
 from musubi_kernels._op import Op
 from musubi_kernels.ops.fp8_linear import INPUT_GRADIENT, bias_gradient, fp8_linear
-from musubi_kernels.ops.fp8_linear_dynamic import native, reference
+from musubi_kernels.ops.fp8_linear_dynamic import native, reference, triton
 
 Kind = Literal["int8", "fp8"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
@@ -37,6 +37,8 @@ FORWARD = Op(
     _fake,
 )
 FORWARD.serve("native", native.fp8_linear_dynamic, native.refuses)
+FORWARD.serve("triton", triton.fp8_linear_dynamic, triton.refuses, triton.tells)
+FORWARD.lacks("cuda", "its 8-bit products are in Triton only, where they use the same tensor cores; install triton")
 FORWARD.serve("reference", reference.fp8_linear_dynamic)
 
 

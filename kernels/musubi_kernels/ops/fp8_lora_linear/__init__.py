@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from musubi_kernels import _eager
 from musubi_kernels._checks import (
     autocast,
     check_activation,
@@ -74,6 +75,7 @@ BACKWARD = Op(
     "(Tensor grad, Tensor x, Tensor h, Tensor q, Tensor scale, Tensor down, Tensor up, Tensor? mask, float strength,"
     " str fmt, bool need_x) -> (Tensor, Tensor, Tensor)",
     _backward_fake,
+    short=True,
 )
 BACKWARD.serve("native", native.backward, native.refuses_backward)
 BACKWARD.serve("triton", triton.backward, triton.refuses_backward)
@@ -168,8 +170,23 @@ def fp8_lora_linear(
     Raises:
         ValueError: a shape, dtype or device does not fit, with the values.
     """
-    plan = _plan(x, q, scales, bias, down, up, scale=scale, mask=mask)
-    y: torch.Tensor = plan.op(*plan.args)[0]
+    y: torch.Tensor
+    plan = None
+    if _eager.free(x, q, scales, bias, down, up, mask) and not (q.requires_grad or scales.requires_grad):
+        x = autocast(x)
+        others = [_eager.facts(each) for each in (q, scales, bias, down, up)]
+        key = (_eager.settings(), x.dtype, x.device, x.shape[-1:], *others)
+        body = FORWARD.settled(key)
+        if body is None:
+            plan = _plan(x, q, scales, bias, down, up, scale=scale, mask=mask)
+            body = FORWARD.settle(key, plan.args)
+        if body is not None:
+            wide = expand_mask(mask, x, down.shape[0])
+            codes = q.view(torch.uint8)
+            y = FORWARD.direct(body, x, codes, scales, bias, down, up, wide, float(scale), format_of(q).name)[0]
+            return y
+    plan = plan or _plan(x, q, scales, bias, down, up, scale=scale, mask=mask)
+    y = plan.op(*plan.args)[0]
     return y
 
 

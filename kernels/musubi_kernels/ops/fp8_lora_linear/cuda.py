@@ -1,6 +1,6 @@
 """`fp8_lora_linear` in CUDA C++: the branch is added where the big product's tile is stored, or by torch after a panel.
 
-The products with one small side (x down^T, dY up, u^T x, dY^T h) are torch's, in x's dtype.
+The rest of the branch is in `ops/branch.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from functools import partial
 import torch
 
 from musubi_kernels import _cuda, _paths
+from musubi_kernels.ops import branch
 from musubi_kernels.ops.fp8_linear import cuda as base
-from musubi_kernels.ops.fp8_linear.reference import folded
 
 
 def refuses(
@@ -42,11 +42,12 @@ def forward(
     fmt: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y [..., N], masked low-rank activation [M, R]), both in x's dtype."""
-    h = folded(x) @ down.to(x.dtype).t()
-    if mask is not None:
-        h = h * folded(mask)
-    y = _paths.run(base.sizes("fp8_lora_linear", x, q), ways(x, q, scale, bias, h, up, strength, fmt))
-    return y.reshape(*x.shape[:-1], q.shape[0]), h
+
+    def product(h: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = _paths.run(base.sizes("fp8_lora_linear", x, q), ways(x, q, scale, bias, h, up, strength, fmt))
+        return y.reshape(*x.shape[:-1], q.shape[0])
+
+    return branch.forward(x, down, mask, product)
 
 
 def ways(
@@ -121,17 +122,13 @@ def backward(
     need_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dX or an empty tensor, d(down), d(up)), as the reference's."""
-    flat = folded(grad).contiguous()
-    u = (flat @ up.to(flat.dtype)) * strength
-    if mask is not None:
-        u = u * folded(mask)
-    ddown = (u.t() @ folded(x)).to(down.dtype)
-    dup = ((flat.t() @ h) * strength).to(up.dtype)
-    if not need_x:
-        return grad.new_empty((0,)), ddown, dup
-    found = base.ways_dx(flat, q, scale, fmt)
-    found["panel"] = partial(_with_branch, found["panel"], u, down.t(), 1.0)
-    if "fused" in found:
-        found["fused"] = partial(base.fused, flat, q, scale, fmt, transposed=True, low=u, tail=down, strength=1.0)
-    dx = _paths.run(base.sizes("fp8_lora_linear_dx", flat, q), found)
-    return dx.reshape(x.shape), ddown, dup
+
+    def product(flat: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        found = base.ways_dx(flat, q, scale, fmt)
+        found["panel"] = partial(_with_branch, found["panel"], u, down.t(), 1.0)
+        if "fused" in found:
+            found["fused"] = partial(base.fused, flat, q, scale, fmt, transposed=True, low=u, tail=down, strength=1.0)
+        dx: torch.Tensor = _paths.run(base.sizes("fp8_lora_linear_dx", flat, q), found)
+        return dx
+
+    return branch.backward(grad, x, h, down, up, mask, strength, product if need_x else None)

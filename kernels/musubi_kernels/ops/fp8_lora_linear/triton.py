@@ -1,6 +1,6 @@
 """`fp8_lora_linear` by Triton: the branch is added to the big product's sums before they are rounded.
 
-The products with one small side (x down^T, dY up, u^T x, dY^T h) are torch's, in x's dtype.
+The rest of the branch is in `ops/branch.py`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from musubi_kernels import _triton
+from musubi_kernels.ops import branch
 from musubi_kernels.ops.fp8_linear import triton as base
-from musubi_kernels.ops.fp8_linear.reference import folded
 
 
 def refuses(
@@ -55,11 +55,11 @@ def forward(
     fmt: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y [..., N], masked low-rank activation [M, R]), both in x's dtype."""
-    h = folded(x) @ down.to(x.dtype).t()
-    if mask is not None:
-        h = h * folded(mask)
-    y = base.run(x, q, scale, fmt, bias=bias, low=h, tail=up, strength=strength)
-    return y, h
+
+    def product(h: torch.Tensor) -> torch.Tensor:
+        return base.run(x, q, scale, fmt, bias=bias, low=h, tail=up, strength=strength)
+
+    return branch.forward(x, down, mask, product)
 
 
 def refuses_backward(
@@ -93,13 +93,8 @@ def backward(
     need_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dX or an empty tensor, d(down), d(up)), as the reference's."""
-    flat = folded(grad).contiguous()
-    u = (flat @ up.to(flat.dtype)) * strength
-    if mask is not None:
-        u = u * folded(mask)
-    ddown = (u.t() @ folded(x)).to(down.dtype)
-    dup = ((flat.t() @ h) * strength).to(up.dtype)
-    if not need_x:
-        return grad.new_empty((0,)), ddown, dup
-    dx = base.run(flat, q, scale, fmt, bias=None, transposed=True, low=u, tail=down, strength=1.0)
-    return dx.reshape(x.shape), ddown, dup
+
+    def product(flat: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return base.run(flat, q, scale, fmt, bias=None, transposed=True, low=u, tail=down, strength=1.0)
+
+    return branch.backward(grad, x, h, down, up, mask, strength, product if need_x else None)

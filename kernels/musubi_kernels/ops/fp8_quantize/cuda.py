@@ -25,7 +25,7 @@ def quantize(
     if w.numel() == 0:
         return q, torch.full(shape, SMALLEST_SCALE, device=w.device).to(scale_dtype)
     scale = torch.empty(shape, dtype=scale_dtype, device=w.device)
-    flat = w.reshape(1, -1) if mode == "tensor" else _native.matrix(w)
+    flat = _native.matrix(w.reshape(1, -1) if mode == "tensor" else w)
     width = block if mode == "block" else flat.shape[1]
     whole = flat.shape[0] == 1 and width == flat.shape[1]  # one group over everything: its peak is found first
     peak = torch.zeros((), dtype=torch.int32, device=w.device) if whole else None
@@ -49,7 +49,7 @@ def refuses_dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: to
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
     """codes * scale rounded to `dtype`, with q's shape; q [N, K] and its scales may be slices of wider matrices."""
-    flat = _native.matrix(q) if q.ndim == 2 else q.reshape(1, -1)
+    flat = _native.matrix(q if q.ndim == 2 else q.reshape(1, -1))
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     if out.numel():
         _cuda.module().dequantize(

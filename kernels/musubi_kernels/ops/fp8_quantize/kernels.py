@@ -33,8 +33,8 @@ def encode(value, E5M2: tl.constexpr):
 
 
 @triton.jit
-def encode_ratio(value, scale, E5M2: tl.constexpr, ASM: tl.constexpr):
-    """value / scale, correctly rounded to float32, then to a code; both [G, W] and [G, 1].
+def exact_ratio(value, scale):
+    """value / scale, correctly rounded to float32; [G, W] and [G, 1].
 
     One division a scale instead of one a value: with r = 1 / scale rounded, q0 = value r and q0 + r (value - q0 scale)
     is the rounded quotient (Markstein 1990), the remainder being exact in a fused multiply-add. Where the remainder
@@ -44,7 +44,13 @@ def encode_ratio(value, scale, E5M2: tl.constexpr, ASM: tl.constexpr):
     r = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
     q0 = value * r
     rest = tl.fma(-q0, tl.broadcast_to(scale, value.shape), value)
-    ratio = tl.where((scale == 0.0) | (q0 == 0.0), q0, tl.fma(rest, tl.broadcast_to(r, value.shape), q0))
+    return tl.where((scale == 0.0) | (q0 == 0.0), q0, tl.fma(rest, tl.broadcast_to(r, value.shape), q0))
+
+
+@triton.jit
+def encode_ratio(value, scale, E5M2: tl.constexpr, ASM: tl.constexpr):
+    """value / scale to a code; both [G, W] and [G, 1]."""
+    ratio = exact_ratio(value, scale)
     if ASM == "":
         return encode(ratio, E5M2)
     ratio = tl.where(ratio != ratio, 0.0, ratio)

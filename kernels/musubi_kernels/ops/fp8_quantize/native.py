@@ -27,7 +27,7 @@ def quantize(
         shape = [w.shape[0], w.shape[1] // block, 1] if mode == "block" else [w.shape[0], 1]
         empty = torch.empty(w.shape, dtype=torch.uint8)
         return empty, torch.full(shape if mode != "tensor" else [], SMALLEST_SCALE).to(scale_dtype)
-    flat = w.reshape(1, -1) if mode == "tensor" else _native.matrix(w)
+    flat = _native.matrix(w.reshape(1, -1) if mode == "tensor" else w)
     rows, columns = flat.shape
     width = block if mode == "block" else columns
     q = torch.empty(w.shape, dtype=torch.uint8)
@@ -55,7 +55,7 @@ def refuses_dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: to
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtype) -> torch.Tensor:
     """codes * scale rounded to `dtype`, with q's shape."""
-    flat = _native.matrix(q) if q.ndim == 2 else q.reshape(1, -1)
+    flat = _native.matrix(q if q.ndim == 2 else q.reshape(1, -1))
     out = torch.empty(q.shape, dtype=dtype)
     _native.module().dequantize(
         _native.isa(),

@@ -43,7 +43,7 @@ def quantize(
         # an empty weight may still have scales (a row of no weights, a tensor of none)
         return q, torch.full(shape, SMALLEST_SCALE, device=w.device).to(scale_dtype)
     scale = torch.empty(shape, dtype=scale_dtype, device=w.device)
-    flat = w.reshape(1, -1) if mode == "tensor" else _triton.matrix(w)
+    flat = _triton.matrix(w.reshape(1, -1) if mode == "tensor" else w)
     width = block if mode == "block" else flat.shape[1]
     with _triton.on_device(w):
         if width <= TILE_GROUPS:
@@ -129,7 +129,7 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtyp
     """codes * scale rounded to `dtype`, with q's shape, contiguous. q may be a slice of a matrix."""
     kernels = _triton.kernels("fp8_quantize")
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    flat = _triton.matrix(q) if q.ndim == 2 else q.reshape(1, -1)
+    flat = _triton.matrix(q if q.ndim == 2 else q.reshape(1, -1))
     if flat.numel() == 0:
         return out
     rows, columns = flat.shape

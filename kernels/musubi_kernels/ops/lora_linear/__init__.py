@@ -67,6 +67,7 @@ BACKWARD = Op(
     "(Tensor grad, Tensor x, Tensor h, Tensor w, Tensor down, Tensor up, Tensor? mask, float strength,"
     " bool need_x, bool need_w) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
+    short=True,
 )
 BACKWARD.serve("triton", triton.backward, triton.refuses_backward)
 BACKWARD.serve("reference", reference.backward)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from musubi_kernels.ops import branch
 from musubi_kernels.ops.fp8_linear.reference import folded
 
 
@@ -18,13 +19,12 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y [..., N], masked low-rank activation [M, R]), both in x's dtype."""
     kind = x.dtype
-    flat = folded(x)
-    y = torch.nn.functional.linear(flat, w.to(kind), None if bias is None else bias.to(kind))
-    h = flat @ down.to(kind).t()
-    if mask is not None:
-        h = h * folded(mask)
-    y.addmm_(h, up.to(kind).t(), alpha=strength)
-    return y.reshape(*x.shape[:-1], w.shape[0]), h
+
+    def product(h: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.linear(folded(x), w.to(kind), None if bias is None else bias.to(kind))
+        return y.addmm_(h, up.to(kind).t(), alpha=strength).reshape(*x.shape[:-1], w.shape[0])
+
+    return branch.forward(x, down, mask, product)
 
 
 def backward(
@@ -41,14 +41,10 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dX, dW, d(down), d(up)), an empty tensor for what is not needed."""
     kind = x.dtype
-    flat, rows = folded(grad).contiguous(), folded(x)
-    u = (flat @ up.to(kind)) * strength
-    if mask is not None:
-        u = u * folded(mask)
-    ddown = (u.t() @ rows).to(down.dtype)
-    dup = ((flat.t() @ h) * strength).to(up.dtype)
-    dw = (flat.t() @ rows).to(w.dtype) if need_w else w.new_empty((0,))
-    if not need_x:
-        return grad.new_empty((0,)), dw, ddown, dup
-    dx = (flat @ w.to(kind)).addmm_(u, down.to(kind))
-    return dx.reshape(x.shape), dw, ddown, dup
+
+    def product(flat: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return (flat @ w.to(kind)).addmm_(u, down.to(kind))
+
+    dw = (folded(grad).t() @ folded(x)).to(w.dtype) if need_w else w.new_empty((0,))
+    dx, ddown, dup = branch.backward(grad, x, h, down, up, mask, strength, product if need_x else None)
+    return dx, dw, ddown, dup

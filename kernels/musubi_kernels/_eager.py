@@ -1,0 +1,104 @@
+"""The short way of an op call: straight to its body where nothing but autograd would look at the call.
+
+A call through torch's dispatcher to an op whose body is Python costs 25 µs, and 60 µs more with its backward: as much
+as the kernel of a small layer, and more than a fast card needs for it. So an eager call goes to the body itself, or to
+a plain `autograd.Function` around it. Everything that traces, transforms or records calls gets the registered operator
+as ever: torch.compile, export and jit, functorch, dispatch and function modes, tensor subclasses (fake ones too), the
+profiler (its rows name the op). Loops stand where `all` and `any` would take three times as long.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from musubi_kernels import _native
+
+Body = Callable[..., Any]
+_PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter})
+_HOMES: Final = frozenset({"cpu", "cuda"})
+_VARIABLES: Final = ("MUSUBI_KERNELS", _native.ISA_VARIABLE, "TRITON_INTERPRET")
+
+
+def _watchers() -> Callable[[], bool]:
+    """Whether anything watches calls, from torch's own counters; always True where this torch lacks one of them."""
+    core: Any = torch._C
+    autograd: Any = torch.autograd
+    try:
+        modes, functions = core._len_torch_dispatch_stack, core._len_torch_function_stack
+        level, tracing, profiled = (
+            core._functorch.maybe_current_level,
+            core._get_tracing_state,
+            autograd._profiler_enabled,
+        )
+    except AttributeError:
+        return lambda: True
+
+    def watched() -> bool:
+        return bool(modes() or functions() or level() is not None or tracing() is not None or profiled())
+
+    return watched
+
+
+_watched: Final = _watchers()
+
+
+def free(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call with these tensors may go to a body directly."""
+    if torch.compiler.is_compiling() or _watched():
+        return False
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return False
+    return True
+
+
+def wants_gradient(arguments: tuple[Any, ...]) -> bool:
+    """Whether autograd is on and one of the tensors requires a gradient."""
+    if torch.is_grad_enabled():
+        for each in arguments:
+            if isinstance(each, torch.Tensor) and each.requires_grad:
+                return True
+    return False
+
+
+def settings() -> str:
+    """The variables that choose a backend, as one word of a key."""
+    module, _ = _native.load()
+    if module is not None:
+        found: str = module.settings()
+        return found
+    return "\n".join(os.environ.get(name, "") for name in _VARIABLES)
+
+
+def facts(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
+    """What the checks and the choice of a backend look at in a tensor, apart from its strides."""
+    return None if tensor is None else (tensor.dtype, tensor.device, tensor.shape)
+
+
+def kind(argument: Any) -> Any:
+    """(dtype, device) of a tensor, and any other argument as it is."""
+    return (argument.dtype, argument.device) if isinstance(argument, torch.Tensor) else argument
+
+
+def at_home(tensor: torch.Tensor) -> bool:
+    """Whether its device has bodies (a meta tensor has none)."""
+    return tensor.device.type in _HOMES
+
+
+def function_of(name: str, setup: Callable[..., None], backward: Body) -> type[torch.autograd.Function]:
+    """An autograd function that calls the body given as its last argument, with an op's own setup and backward."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = args[-1](*args[:-1])
+        setup(ctx, args[:-1], output)
+        return output
+
+    def gradients(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return (*backward(ctx, *grads), None)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    return type(name, (torch.autograd.Function,), members)
