@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from musubi_tuner import cli
+from musubi_tuner.config.options import parse
 from musubi_tuner.families import registry
 from musubi_tuner.flow import keyed
 from musubi_tuner.flow.solvers import SOLVERS
-from musubi_tuner.sampling import models, outputs
+from musubi_tuner.sampling import generate, models, outputs
+from musubi_tuner.sampling.options import ModelOptions, located
 from musubi_tuner.sampling.request import Request, initial_noise
 from musubi_tuner.weights.policy import WeightPolicy
 
@@ -162,3 +164,39 @@ def test_guidance_in_some_steps_and_with_blocks_left_out(shop, plain, tmp_path, 
 
 
 ONE = ("--guidance_scale", "1")
+
+
+@pytest.mark.shows("ckpt_dir")
+def test_files_that_are_not_given_are_found_in_the_published_folder(shop, plain, tmp_path, capsys):
+    """Both transformers by the folder's names for them; what is given wins; another folder is told."""
+    for name, path in (("low_noise_model", shop.dit), ("high_noise_model", high(shop))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "diffusion_pytorch_model.safetensors").symlink_to(path)
+    given = shop.generation(tmp_path / "out")
+    at = given.index("--dit")
+    given = [*given[:at], *given[at + 2 :], "--task", "t2v-A14B", "--timestep_boundary", "600", "--ckpt_dir"]
+    more = ("--video_length", "5", "--output_type", "latent", "--guidance_scale_high_noise", "5")
+    grid = ("--sample_solver", "vanilla", "--infer_steps", "4", "--flow_shift", "1")
+    musubi("wan_generate_video", *given, str(tmp_path), *more, *grid)
+    (path,) = (tmp_path / "out").glob("*_latent.safetensors")
+    assert torch.equal(outputs.read_latents(str(path), "wan")[0], plain)
+    assert cli.main(["wan_generate_video", *given, str(shop.root)]) == 2
+    assert "is not the folder of a published repository: it holds none of low_noise_model" in capsys.readouterr().err
+
+
+def test_what_is_given_wins_over_what_a_folder_holds(tmp_path):
+    names = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "diffusion_pytorch_model.safetensors")
+    for name in names:
+        (tmp_path / name).touch()
+    groups = (*generate.GROUPS, *FAMILY.option_groups("generate"))
+    words = ["--save_path", "x", "--vae", "mine.safetensors", "--ckpt_dir", str(tmp_path)]
+    found = located(FAMILY, parse(groups, words, prog="generate", description=""))
+    chosen, own = found[ModelOptions], found[FAMILY.option_groups("generate")[0]]
+    assert (chosen.vae, chosen.dit, own.t5, own.clip) == (
+        "mine.safetensors",
+        str(tmp_path / names[2]),
+        str(tmp_path / names[1]),
+        None,
+    )
+    assert (found.source("dit"), found.source("vae")) == ("--ckpt_dir", "command line")
+    assert found.as_dict()["t5"] == own.t5

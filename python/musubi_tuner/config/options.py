@@ -13,7 +13,7 @@ what has no effect, is a line of `resolved.warnings`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar, cast
 
 from musubi_tuner.config.command_line import cut
@@ -90,6 +90,17 @@ class Resolved:
     def given(self, name: str) -> bool:
         """True when the user said it, in a file or on the command line (even with the default's value)."""
         return self._values[name].source not in (DEFAULT, FAMILY)
+
+    def filled(self, values: Mapping[str, Any], source: str) -> Resolved:
+        """The same, with those of `values` that the user has not said; `source` is where they come from."""
+        new = {name: value for name, value in values.items() if name in self._values and not self.given(name)}
+        groups = {
+            kind: replace(group, **{f.name: new[f.name] for f in fields(group) if f.name in new})  # type: ignore[type-var, arg-type]
+            for kind, group in self._groups.items()
+        }
+        told = {**self._values, **{name: Value(value, source) for name, value in new.items()}}
+        asked = {"help": self.help, "print_config": self.print_config}
+        return Resolved(self._options, told, groups, self.warnings, script=self.script, **asked)
 
     def as_dict(self) -> dict[str, Any]:
         """All values by option name, secrets left out: for metadata and logs."""

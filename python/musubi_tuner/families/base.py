@@ -315,6 +315,16 @@ class HighNoise:
 
 
 @runtime_checkable
+class HasFolder(Protocol):
+    """The call of a family whose models are published in folders that its command can be given."""
+
+    def in_folder(self, options: Any) -> Mapping[str, str]:
+        """Files by the options that they are for, of the folder that `options`, the group of the model, name; these
+        options may belong to any group. Raises UserError."""
+        ...
+
+
+@runtime_checkable
 class HasExperts(Protocol):
     """The call of a family with models of two transformers that share the noise levels (`nn.experts`)."""
 

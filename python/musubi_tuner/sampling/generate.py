@@ -43,6 +43,7 @@ from musubi_tuner.sampling.options import (
     OutputOptions,
     PromptOptions,
     SolverOptions,
+    located,
     own_options,
     task_defaults,
 )
@@ -74,6 +75,7 @@ def run(family: Family, options: Resolved) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
+    options = located(family, options)
     if options[LoraOptions].save_merged_model:
         save_merged_model(options, open_transformer(family, options))
         return

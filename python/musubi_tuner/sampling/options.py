@@ -7,7 +7,7 @@ from typing import Any
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import Resolved, option
-from musubi_tuner.families.base import Family, FamilySpec, HasExperts, HighNoise, SamplingDefaults
+from musubi_tuner.families.base import Family, FamilySpec, HasExperts, HasFolder, HighNoise, SamplingDefaults
 from musubi_tuner.flow.solvers import SOLVERS
 from musubi_tuner.memory.placement import DTYPES, dtype_name
 from musubi_tuner.nn.attention import MODES
@@ -226,6 +226,15 @@ def model_options(family: Family, options: Resolved) -> Any:
     """The family's group of the model, which it is built by; None where it has none."""
     groups = family.option_groups("generate")[1:]
     return options[groups[0]] if groups else None
+
+
+def located(family: Family, options: Resolved) -> Resolved:
+    """The options with files of a published folder, where one is named, in place of those not given."""
+    found = family.in_folder(model_options(family, options)) if isinstance(family, HasFolder) else {}
+    for name, path in found.items():
+        if not options.given(name):
+            log.info("%s = %s", name, path)
+    return options.filled(found, "--ckpt_dir")
 
 
 def high_noise(family: Family, options: Resolved) -> HighNoise | None:

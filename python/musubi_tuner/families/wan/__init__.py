@@ -9,16 +9,7 @@ from torch import Tensor
 
 from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.guidance_steps import GuidanceSteps
-from musubi_tuner.families.base import (
-    Conditioning,
-    Dit,
-    Encoders,
-    FamilySpec,
-    HighNoise,
-    Item,
-    MagRatios,
-    Vae,
-)
+from musubi_tuner.families.base import Conditioning, Dit, Encoders, FamilySpec, HighNoise, Item, MagRatios, Vae
 from musubi_tuner.families.wan import experts, keys, options, predict
 from musubi_tuner.families.wan import vae as coding
 from musubi_tuner.families.wan.config import check_task, wan_config
@@ -29,10 +20,11 @@ from musubi_tuner.families.wan.options import (
     EncodingOptions,
     GenerationModelOptions,
 )
-from musubi_tuner.families.wan.spec import SPEC, mag_ratios
+from musubi_tuner.families.wan.spec import OFFICIAL_FILES, SPEC, mag_ratios
 from musubi_tuner.nn.runner import Run, direct
 from musubi_tuner.weights.clip_vision import load_clip_vision
 from musubi_tuner.weights.encoders import TextAndPicture
+from musubi_tuner.weights.folder import files_in
 from musubi_tuner.weights.reader import Header
 from musubi_tuner.weights.umt5 import load_text_encoder, tokenizer_file
 
@@ -85,12 +77,7 @@ class WanFamily:
             raise UserError("captions need the text encoder umt5: name it with --t5")
         return [{"text": row} for row in encoders.text.encode([item.caption for item in items])]
 
-    def build_dit(
-        self,
-        header: Header,
-        config: Mapping[str, Any] | None = None,
-        options: Any = None,
-    ) -> Dit:
+    def build_dit(self, header: Header, config: Mapping[str, Any] | None = None, options: Any = None) -> Dit:
         """The transformer on meta. UserError where `options.task` names a published model of another kind or size."""
         sizes = wan_config(header, config)
         if options is not None:
@@ -111,6 +98,10 @@ class WanFamily:
     def predict(self, dit: Dit, x_t: Tensor, t: Tensor, cond: Conditioning, *, run: Run = direct) -> Tensor:
         """See `predict.predict`."""
         return predict.predict(dit, x_t, t, cond, run=run)
+
+    def in_folder(self, options: Any) -> Mapping[str, str]:
+        """Files of `--ckpt_dir`."""
+        return files_in(options.ckpt_dir, OFFICIAL_FILES)
 
     def high_noise(self, options: Any) -> HighNoise | None:
         """See `experts.high_noise`."""

@@ -103,6 +103,7 @@ class ModelOptions:
 class GenerationModelOptions(GuidanceStepOptions, ModelOptions):
     """Wan model (for samples)"""
 
+    ckpt_dir: str | None = option(None, help="folder of a published model; its files stand in for options not given")
     lazy_loading: bool = option(False, help="load each of two transformers when it is needed, and forget the other")
     lora_weight_high_noise: tuple[str, ...] = option((), help="LoRA files for the transformer for high noise")
     lora_multiplier_high_noise: tuple[float, ...] = option(

@@ -23,6 +23,15 @@ LATENT_STD: Final = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
 )  # fmt: skip
 
+OFFICIAL_FILES: Final = {
+    "dit": ("low_noise_model", "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
+    "dit_high_noise": ("high_noise_model",),
+    "vae": ("Wan2.1_VAE.pth",),
+    "t5": ("models_t5_umt5-xxl-enc-bf16.pth",),
+    "clip": ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",),
+}
+"""Files of the published folders, by option."""
+
 _TEXT: Final = SamplingDefaults(steps=50, guidance=5.0, shift=5.0)
 _SMALL: Final = {(832, 480): 3.0}
 _PICTURE: Final = SamplingDefaults(steps=40, guidance=5.0, shift=5.0)
