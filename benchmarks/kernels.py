@@ -207,7 +207,10 @@ def avx2_rows() -> list[Row]:
     pins = {"MUSUBI_KERNELS_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--avx2-only", "--out", folder]
-        subprocess.run(command, check=True, capture_output=True, timeout=600, env=os.environ | pins)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900, env=os.environ | pins)
+        if done.returncode:  # a miss, and no reason to lose the rest of a long sitting
+            print(f"the AVX2 body not measured apart: {done.stderr.strip().splitlines()[-1:]}")
+            return [Row("forward, AVX2 alone", *AVX2_SHAPE, 0, 0.0, {}, (Gate("measured", 0.0, 1.0),))]
         saved = json.loads((Path(folder) / "kernels.json").read_text())["rows"]
     return [
         Row("forward, AVX2 alone", *(row[key] for key in ("n", "k", "m", "milliseconds", "ratios")), gates_of(row))
