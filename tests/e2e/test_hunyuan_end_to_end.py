@@ -264,7 +264,7 @@ def test_a_merged_model_samples_as_the_lora_does(trained, tmp_path):
 def test_a_real_video_is_sampled_from(cached, tmp_path):
     """The weaker, the nearer to the video itself, as its VAE codes it."""
     from musubi_tuner.families import registry
-    from musubi_tuner.sampling import source_video
+    from musubi_tuner.sampling import clips
 
     clip = str(CLIPS / "carphone_pristine.mp4")
     more = ("--video_path", clip, "--video_length", "5", "--output_type", "latent", "--infer_steps", "5")
@@ -274,7 +274,7 @@ def test_a_real_video_is_sampled_from(cached, tmp_path):
         found[strength] = load_file(next((tmp_path / strength).iterdir()))["latent"]
     cpu = torch.device("cpu")
     vae = registry.get("hunyuan_video").load_vae(cached.file("vae.safetensors"), device=cpu, dtype=torch.float32)
-    source = vae.encode(source_video.read(clip, 5, 32, 32, cpu)[None])[0]
+    source = vae.encode(clips.read(clip, 5, 32, 32, cpu, option="video_path")[None])[0]
     apart = [float((latent - source).norm() / source.norm()) for latent in found.values()]
     assert apart == sorted(apart)
     assert apart[0] < 0.8 * apart[2]

@@ -12,7 +12,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.config.options import parse
 from musubi_tuner.families import registry
 from musubi_tuner.memory import plan
-from musubi_tuner.sampling import assembly, generate, outputs, source_video
+from musubi_tuner.sampling import assembly, clips, generate, outputs
 from real_media import CLIPS
 from swap_stand_in import StandIn
 
@@ -161,7 +161,7 @@ def test_wan_too_multiplies_fast_merges_into_a_file_and_begins_from_a_video(run,
     video = ("--video_path", CLIPS / "carphone_pristine.mp4", "--infer_steps", "4")
     near, far = (latents_of(run(*words, *video, "--strength", s, folder=s)) for s in ("0.25", "1"))
     vae = registry.get("wan").load_vae(str(models / "vae.safetensors"), device=CPU, dtype=torch.float32)
-    source = vae.encode(source_video.read(str(video[1]), 5, 48, 32, CPU)[None])[0]
+    source = vae.encode(clips.read(str(video[1]), 5, 48, 32, CPU, option="video_path")[None])[0]
     assert relative(near, source) < 0.8 * relative(far, source)
 
 

@@ -17,7 +17,7 @@ from musubi_tuner.config.errors import UserError
 from musubi_tuner.data import images
 from musubi_tuner.data.buckets import Buckets
 from musubi_tuner.families.base import Dit, Encoders, Family, FamilySpec, Item, OwnSampling, Vae
-from musubi_tuner.sampling import control_clip, source_video
+from musubi_tuner.sampling import clips
 from musubi_tuner.sampling.request import Request
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def check(request: Request) -> None:
         except ValueError as fault:
             raise UserError(f"picture {path} {fault}") from fault
     if request.control is not None:
-        control_clip.check(request.control, request.frames)
+        clips.require_control(request.control, request.frames)
 
 
 def check_model(dit: Dit | None, requests: Iterable[Request]) -> None:
@@ -148,7 +148,8 @@ def _item(spec: FamilySpec, request: Request, device: torch.device) -> Item:
     roles, controls = tuple(role for role, _ in request.pictures), _read(request, device)
     masks = _masks(request, device) if spec.control_masks else ()
     if request.control is not None:
-        clip = control_clip.read(request.control, request.frames, request.width, request.height, device)
+        size = request.frames, request.width, request.height
+        clip = clips.read(request.control, *size, device, option="control_path")
         roles, controls, masks = (*roles, "control_clip"), (*controls, clip), (*masks, None) if masks else ()
     return replace(request.item(request.prompt), controls=controls, roles=roles, masks=masks)
 
@@ -156,7 +157,9 @@ def _item(spec: FamilySpec, request: Request, device: torch.device) -> Item:
 def _clip(family: Family, request: Request, vae: Vae, encoders: Encoders | None, device: torch.device) -> Tensor:
     """Latents of `request.video` in the transformer's scale, encoded as a clip of a dataset is."""
     size = request.frames, request.width, request.height
-    item = replace(request.item(request.prompt), pixels=source_video.read(str(request.video), *size, device))
+    item = replace(
+        request.item(request.prompt), pixels=clips.read(str(request.video), *size, device, option="video_path")
+    )
     factor = next(field.factor for field in family.spec.cache_fields if field.name == "latents")
     return family.encode_latents([item], vae, encoders)[0][0]["latents"].float() * factor
 
