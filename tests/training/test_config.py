@@ -19,6 +19,7 @@ OURS = {o.name: o for group in (*config.GROUPS, *registry.get("wan").option_grou
 OTHER_DEFAULTS = {
     "optimizer_type": "AdamW",  # the established default is an empty name, which fails
     "vae_dtype": None,  # bfloat16 on CUDA, as there; float32 on a CPU
+    "blocks_to_swap": 0,  # the established None, as a number of blocks
     "dit": "",  # required
     "dataset_config": "",
     "output_dir": "",
