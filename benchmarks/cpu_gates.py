@@ -3,10 +3,10 @@
 The machine decides which table applies: that of AVX-512 with BF16 where the processor has it, otherwise the one row of
 AVX2. A ratio is the other's time over ours, so more is better.
 
-At the limit: with one row of x a product does nothing but read its weight. Where plain bf16 itself reads its weight as
-fast as this machine reads memory (at least 85 % of a read of the same bytes in the same turn), three times as fast is
-beyond what memory allows, because FP8 halves the bytes and no more. Such a row is marked `limit` where ours reads at
-85 % too. It is counted apart from misses and from what holds.
+At the limit: with one row of x a product does nothing but read its weight, and FP8 with a scale per 64 has 33/64 of
+bf16's bytes. Where plain bf16 reads its weight at a share p of memory's speed (that of a read of the same bytes in the
+same turn), no FP8 product can be more than 64/33/p times as fast. A row whose gate lies beyond that is marked `limit`
+where ours reads at 85 % at least. It is counted apart from misses and from what holds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from musubi_kernels import _native
 Verdict = Literal["", "limit", "miss"]
 
 AT_THE_LIMIT: Final = 0.85
+BYTES_OVER_BF16: Final = 33 / 64
 FORWARD: Final = {
     1: (75.0, 3.0),
     4: (40.0, 1.9),
@@ -85,11 +86,12 @@ class Row:
 
     def verdict(self, factor: float) -> Verdict:
         """Whether all gates hold, or all but the one that memory forbids, or not."""
-        missed = [gate.name for gate in self.gates if not gate.holds(factor)]
+        missed = [gate for gate in self.gates if not gate.holds(factor)]
         if not missed:
             return ""
-        shares = [self.figures.get(name, 0.0) for name in ("read share", "plain read share")]
-        return "limit" if missed == ["x plain"] and min(shares) >= AT_THE_LIMIT else "miss"
+        ours, plain = (self.figures.get(name, 0.0) for name in ("read share", "plain read share"))
+        beyond = [gate.name for gate in missed if factor * gate.wanted * plain * BYTES_OVER_BF16 > 1]
+        return "limit" if [gate.name for gate in missed] == beyond == ["x plain"] and ours >= AT_THE_LIMIT else "miss"
 
 
 def compared(

@@ -49,7 +49,8 @@ def test_only_the_gate_that_memory_forbids_is_excused() -> None:
     assert row(usual, plain, **fast).verdict(1.0) == "limit"
     assert row(usual, plain, **fast).verdict(0.5) == ""
     assert row(usual, plain, **{**fast, "read_share": 0.8}).verdict(1.0) == "miss"
-    assert row(usual, plain, **{**fast, "plain_read_share": 0.8}).verdict(1.0) == "miss"
+    assert row(usual, plain, **{**fast, "plain_read_share": 0.65}).verdict(1.0) == "limit", "64/33/0.65 is 2.98"
+    assert row(usual, plain, **{**fast, "plain_read_share": 0.64}).verdict(1.0) == "miss", "64/33/0.64 is 3.03"
     assert row(Gate("x usual", 70.0, 75.0), plain, **fast).verdict(1.0) == "miss"
     assert row(usual, plain).verdict(1.0) == "miss"
 
