@@ -1,5 +1,5 @@
-// What one thread can compute at most: independent multiply-adds in registers. Compiled by cpu_clock.py for the machine
-// it runs on, never shipped.
+// What one thread can compute at most: independent multiply-adds in registers. Compiled by cpu_clock.py for the vectors
+// of the body whose limit it is, never shipped.
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif

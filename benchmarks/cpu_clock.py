@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -131,6 +132,15 @@ def peak_flops() -> float:
     return best
 
 
+_VECTORS: Final = {
+    "avx2": ("-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mfma"),
+    "avx512vbmi": ("-mavx512f", "-mfma"),
+    "avx512bf16": ("-mavx512f", "-mfma", "-mavx512bf16"),
+}
+"""What the probe is compiled with, by the body that it is the limit of."""
+
+
 @functools.cache
 def _arithmetic() -> ctypes.CDLL:
     compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
@@ -139,7 +149,8 @@ def _arithmetic() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "arithmetic.so"
         source = Path(__file__).with_name("arithmetic.cpp")
-        command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", "-o", str(built), str(source)]
+        flags = _VECTORS.get(native_isa() or "", ())
+        command = [compiler, "-O3", *flags, "-shared", "-fPIC", "-o", str(built), str(source)]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
         return ctypes.CDLL(str(built))
 

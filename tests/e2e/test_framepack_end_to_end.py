@@ -119,8 +119,8 @@ fp_1f_no_post = true
 
 @pytest.fixture(scope="module")
 def cached(shop) -> Shop:
-    musubi("fpack_cache_latents", *shop.latents())
-    musubi("fpack_cache_text_encoder_outputs", *shop.text())
+    launch("fpack_cache_latents", *shop.latents())
+    launch("fpack_cache_text_encoder_outputs", *shop.text())
     return shop
 
 
@@ -133,14 +133,14 @@ def trained(cached) -> tuple[Shop, str]:
     )
     more = ["--sample_prompts", str(prompts), "--sample_every_n_epochs", "1", "--vae", cached.file("vae.safetensors")]
     more += ["--latent_window_size", str(WINDOW)]
-    return cached, launch(*cached.training("lora", *TWO, *more, *cached.encoders))
+    return cached, launch("fpack_train_network", *cached.training("lora", *TWO, *more, *cached.encoders))
 
 
-def launch(*words: str) -> str:
-    """Train through the file under src/ and accelerate, as a user starts it; what it printed."""
+def launch(script: str, *words: str) -> str:
+    """Run a file under src/ by accelerate, in a process of its own, as a user starts it; what it printed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--mixed_precision", "bf16"]
-    command += [str(ROOT / "src" / "musubi_tuner" / "fpack_train_network.py")]
+    command += [str(ROOT / "src" / "musubi_tuner" / f"{script}.py")]
     done = subprocess.run(
         [*command, *words],
         capture_output=True,
@@ -238,7 +238,7 @@ def test_training_writes_a_lora_of_the_established_form(trained):
 
 def test_a_resumed_run_ends_with_the_same_lora_to_the_byte(trained):
     shop, _ = trained
-    launch(*shop.training("resumed", *TWO, "--resume", shop.file("out/lora-000001-state")))
+    launch("fpack_train_network", *shop.training("resumed", *TWO, "--resume", shop.file("out/lora-000001-state")))
     a, b = (load_file(shop.root / "out" / f"{name}.safetensors") for name in ("lora", "resumed"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -261,7 +261,8 @@ def test_two_sections_go_on_from_a_picture_and_change_with_the_lora(trained, tmp
         "f1": ("--video_sections", "2", "--f1"),
     }
     for name, more in cases.items():
-        musubi("fpack_generate_video", *shop.generation(tmp_path / name, *video, *more))
+        run = launch if name in ("b", "lora") else musubi
+        run("fpack_generate_video", *shop.generation(tmp_path / name, *video, *more))
     found = {name: frames_of(tmp_path / name) for name in cases}
     assert {frames.shape for frames in found.values()} == {(17, 32, 48, 3)}
     assert (found["a"] == found["b"]).all()

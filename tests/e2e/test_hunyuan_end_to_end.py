@@ -113,8 +113,8 @@ frame_extraction = "head"
 
 @pytest.fixture(scope="module")
 def cached(shop) -> Shop:
-    musubi("cache_latents", *shop.latents())
-    musubi("cache_text_encoder_outputs", *shop.text())
+    launch("cache_latents", *shop.latents())
+    launch("cache_text_encoder_outputs", *shop.text())
     return shop
 
 
@@ -124,14 +124,14 @@ def trained(cached) -> tuple[Shop, str]:
     prompts = cached.root / "prompts.txt"
     prompts.write_text("a red flower --w 32 --h 32 --s 2 --d 7 --g 4.0\n", encoding="utf-8")
     more = ["--sample_prompts", str(prompts), "--sample_every_n_epochs", "1", "--vae", cached.file("vae.safetensors")]
-    return cached, launch(*cached.training("lora", *LORA, *TWO, *more, *cached.encoders))
+    return cached, launch("hv_train_network", *cached.training("lora", *LORA, *TWO, *more, *cached.encoders))
 
 
-def launch(*words: str) -> str:
-    """Train through the file under src/ and accelerate, as a user starts it; what it printed."""
+def launch(script: str, *words: str) -> str:
+    """Run a file under src/ by accelerate, in a process of its own, as a user starts it; what it printed."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--mixed_precision", "bf16"]
-    command += [str(ROOT / "src" / "musubi_tuner" / "hv_train_network.py")]
+    command += [str(ROOT / "src" / "musubi_tuner" / f"{script}.py")]
     done = subprocess.run(
         [*command, *words],
         capture_output=True,
@@ -193,7 +193,7 @@ def test_training_writes_a_lora_of_the_established_form(trained):
 
 def test_a_resumed_run_ends_with_the_same_lora_to_the_byte(trained):
     shop, _ = trained
-    launch(*shop.training("resumed", *LORA, *TWO, "--resume", shop.file("out/lora-000001-state")))
+    launch("hv_train_network", *shop.training("resumed", *LORA, *TWO, "--resume", shop.file("out/lora-000001-state")))
     a, b = (load_file(shop.root / "out" / f"{name}.safetensors") for name in ("lora", "resumed"))
     first = load_file(shop.root / "out" / "lora-000001.safetensors")
     assert a.keys() == b.keys()
@@ -217,7 +217,8 @@ def test_samples_repeat_by_seed_and_change_with_the_lora_and_the_guidance(traine
         "cfg": ("--guidance_scale", "4", "--negative_prompt", "a petal"),
     }
     for name, more in cases.items():
-        musubi("hv_generate_video", *shop.generation(tmp_path / name, *image, *more))
+        run = launch if name in ("b", "lora") else musubi
+        run("hv_generate_video", *shop.generation(tmp_path / name, *image, *more))
     plain = picture(tmp_path / "a")
     assert plain.shape == (32, 32, 3)
     assert (plain == picture(tmp_path / "b")).all()

@@ -152,9 +152,10 @@ def plan_memory(
     Raises UserError for more blocks than can rest, for CUDA graphs and for `moves`.
     """
     if chosen.any and moves is not None and has_lanes(device):
+        swapping = f"blocks_to_swap = {chosen.blocks_to_swap}" if chosen.blocks_to_swap else "img_in_txt_in_offloading"
         raise UserError(
-            f"blocks_to_swap = {chosen.blocks_to_swap} and {moves} both move weights: leave {moves} out; the blocks of "
-            "both transformers are swapped"
+            f"{swapping} and {moves} both move weights: leave {moves} out; what rests of "
+            "both transformers then visits in turn"
         )
     if chosen.blocks_to_swap and compiling is not None and compiling.captures:
         raise UserError(

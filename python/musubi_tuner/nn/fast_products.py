@@ -70,7 +70,8 @@ class _Measurement:
         step = -(-len(layers) // MEASURED)
         chosen = list(layers.items())[::step]
         self.hooks = [layer.register_forward_pre_hook(partial(self._measure, path)) for path, layer in chosen]
-        self.hooks += [model.register_forward_pre_hook(self._begin), model.register_forward_hook(self._tell)]
+        self.hooks.append(model.register_forward_pre_hook(self._begin))
+        self.hooks.append(model.register_forward_hook(self._tell, always_call=True))  # compiles again after a fault too
 
     def _begin(self, _model: nn.Module, _args: Any) -> None:
         if self.compiled:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -37,6 +38,8 @@ from musubi_tuner.weights.policy import WeightPolicy
 from musubi_tuner.weights.reader import open_checkpoint
 
 log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 _SINGLE_BLOCKS = r"single_(transformer_)?blocks"
 """What the keys of single-stream blocks hold."""
@@ -128,8 +131,8 @@ def save_merged_model(options: Resolved, opened: Opened) -> None:
         raise UserError("--save_merged_model writes what --lora_weight gives: name the LoRA files")
     if chosen.fp8:
         log.warning("--fp8 has no effect on %s: merged weights are written in high precision", path)
-    multipliers = (*lora.lora_multiplier, *([1.0] * len(lora.lora_weight)))
-    told = [f"{Path(file).name} x {m:g}" for file, m in zip(lora.lora_weight, multipliers, strict=False)]
+    multipliers = _filled(lora.lora_multiplier, 1.0, len(lora.lora_weight))
+    told = [f"{Path(file).name} x {m:g}" for file, m in zip(lora.lora_weight, multipliers, strict=True)]
     with open_checkpoint(opened.path) as checkpoint:
         count = save_merged(
             path,
@@ -151,16 +154,19 @@ def _merges(lora: LoraOptions) -> list[Merge]:
             raise UserError(
                 f"{len(given)} values of --{name} for {len(files)} files of --lora_weight: give at most one per file"
             )
-    ones, blanks = [1.0] * len(files), [""] * len(files)
     single = (_SINGLE_BLOCKS,) if lora.exclude_single_blocks else ()
-    rows = zip(
-        files, (*lora.lora_multiplier, *ones), (*lora.include_patterns, *blanks), (*lora.exclude_patterns, *blanks),
-        strict=False,
-    )  # fmt: skip
+    multipliers = _filled(lora.lora_multiplier, 1.0, len(files))
+    includes, excludes = (_filled(of, "", len(files)) for of in (lora.include_patterns, lora.exclude_patterns))
+    rows = zip(files, multipliers, includes, excludes, strict=True)
     return [
         LoraMerge.from_file(path, multiplier, strict=lora.strict_lora, keys=KeyChoice(include, (exclude, *single)))
         for path, multiplier, include, exclude in rows
     ]
+
+
+def _filled(values: Sequence[Value], rest: Value, count: int) -> tuple[Value, ...]:
+    """`values`, at most `count` of them, and as many of `rest` as are missing."""
+    return (*values, *[rest] * (count - len(values)))
 
 
 def load_vae(family: Family, options: Resolved, device: torch.device) -> Vae:
