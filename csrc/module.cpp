@@ -38,13 +38,15 @@ PYBIND11_MODULE(_C, module) {
       "settings",
       [] {
         std::string all;
-        for (const char* name : {"MUSUBI_KERNELS", "MUSUBI_KERNELS_ISA", "TRITON_INTERPRET"}) {
+        for (const char* name : {"MUSUBI_KERNELS", "MUSUBI_KERNELS_ISA", "TRITON_INTERPRET", "MUSUBI_KERNELS_PATH",
+                                 "MUSUBI_KERNELS_TUNE"}) {
           const char* const value = std::getenv(name);
           all.append(value == nullptr ? "" : value).push_back('\n');
         }
         return all;
       },
-      "The variables that choose a backend, one a line: asked for in every call, where os.environ takes 1 us each.");
+      "The variables that choose a backend and its way, one a line: asked for in every call, where os.environ takes 1 "
+      "us each.");
   module.def("pool_workers", &musubi::pool_workers, "Worker threads that exist now.");
   module.def("scratch_bytes", &musubi::scratch_bytes, "Bytes of scratch that this thread holds.");
   musubi::bind_fp8_linear(module);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -20,10 +21,13 @@ def build_host_run(folder: str, targets: list[str], *options: str) -> Path:
     if not any((headers / "cuda_fp8.h").exists() for headers in HEADERS):
         pytest.skip("CUDA's headers (cuda_fp8.h) are not installed: the kernels' source cannot be compiled here")
     build = ROOT / "build" / folder  # kept, so that a second run builds nothing
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(build), "-DMUSUBI_HOST_CUDA=ON", "-DMUSUBI_WERROR=ON", *options],
-        ["cmake", "--build", str(build), "--parallel", "2", "--target", *targets],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker of this run may want the same
+        for command in (
+            ["cmake", "-S", str(ROOT), "-B", str(build), "-DMUSUBI_HOST_CUDA=ON", "-DMUSUBI_WERROR=ON", *options],
+            ["cmake", "--build", str(build), "--parallel", "2", "--target", *targets],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return build

@@ -89,12 +89,18 @@ MUSUBI_DEVICE void load_matrices_transposed(uint32_t (&to)[4], const void* row) 
                : "memory");
 }
 
-// 16 bytes that are read once: they pass by the first cache.
+// 16 bytes (8: the pair) that are read once: they pass by the first cache.
 MUSUBI_DEVICE uint4 load_once(const void* from) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(from));
+  return v;
+}
+
+MUSUBI_DEVICE uint2 load_pair_once(const void* from) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];\n" : "=r"(v.x), "=r"(v.y) : "l"(from));
   return v;
 }
 

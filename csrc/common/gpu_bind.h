@@ -8,14 +8,17 @@
 
 namespace musubi::gpu {
 
-// RuntimeError in Python, with the launch's name and sizes.
-inline void require_launched(int error, const std::string& what) {
-  if (error != 0) throw std::runtime_error(what + ": CUDA says: " + error_text(error));
-}
+struct Launch {
+  const char* name;
+  int64_t m, n, k;
+};
 
-inline std::string sizes(const char* name, int64_t m, int64_t n, int64_t k) {
-  return std::string(name) + " with M = " + std::to_string(m) + ", N = " + std::to_string(n) +
-         ", K = " + std::to_string(k);
+// RuntimeError in Python, with the launch's name and sizes.
+inline void require_launched(int error, const Launch& launch) {
+  if (error == 0) return;
+  throw std::runtime_error(std::string(launch.name) + " with M = " + std::to_string(launch.m) +
+                           ", N = " + std::to_string(launch.n) + ", K = " + std::to_string(launch.k) +
+                           ": CUDA says: " + error_text(error));
 }
 
 }  // namespace musubi::gpu

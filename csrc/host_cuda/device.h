@@ -80,6 +80,12 @@ inline uint4 load_once(const void* from) {
   std::memcpy(&v, from, 16);
   return v;
 }
+inline uint2 load_pair_once(const void* from) {
+  host::check_alignment(from, 8, "an 8-byte load");
+  uint2 v;
+  std::memcpy(&v, from, 8);
+  return v;
+}
 inline void multiply_add_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   host::multiply_add(c, a, b0, b1, true);
 }

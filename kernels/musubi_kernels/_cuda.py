@@ -6,7 +6,9 @@ current stream of its tensors' device, synchronises nothing, and may be captured
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any, Final
 
 import torch
 
@@ -52,7 +54,20 @@ def refuses(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
+def _raw_stream() -> Callable[[int], int]:
+    """What gives the handle of a device's current stream: torch's object for it takes 1.5 of a launch's 5 µs."""
+    core: Any = torch._C
+    try:
+        found: Callable[[int], int] = core._cuda_getCurrentRawStream
+    except AttributeError:
+        return lambda index: torch.cuda.current_stream(index).cuda_stream
+    return found
+
+
+_stream: Final = _raw_stream()
+
+
 def place(tensor: torch.Tensor) -> tuple[int, int]:
     """(device number, handle of its current stream): where a launch on `tensor` goes."""
     index = tensor.device.index
-    return index, torch.cuda.current_stream(index).cuda_stream
+    return index, _stream(index)

@@ -20,7 +20,13 @@ from musubi_kernels import _native
 Body = Callable[..., Any]
 _PLAIN: Final = frozenset({torch.Tensor, torch.nn.Parameter})
 _HOMES: Final = frozenset({"cpu", "cuda"})
-_VARIABLES: Final = ("MUSUBI_KERNELS", _native.ISA_VARIABLE, "TRITON_INTERPRET")
+_VARIABLES: Final = (
+    "MUSUBI_KERNELS",
+    _native.ISA_VARIABLE,
+    "TRITON_INTERPRET",
+    "MUSUBI_KERNELS_PATH",
+    "MUSUBI_KERNELS_TUNE",
+)
 
 
 def _watchers() -> Callable[[], bool]:
@@ -66,7 +72,7 @@ def wants_gradient(arguments: tuple[Any, ...]) -> bool:
 
 
 def settings() -> str:
-    """The variables that choose a backend, as one word of a key."""
+    """The variables that choose a backend and its way, as one word of a key."""
     module, _ = _native.load()
     if module is not None:
         found: str = module.settings()
@@ -79,9 +85,20 @@ def facts(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
     return None if tensor is None else (tensor.dtype, tensor.device, tensor.shape)
 
 
-def kind(argument: Any) -> Any:
-    """(dtype, device) of a tensor, and any other argument as it is."""
-    return (argument.dtype, argument.device) if isinstance(argument, torch.Tensor) else argument
+def kinds(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The settings, then each argument as a key has it (of a tensor its dtype and device); None where not `free`."""
+    if torch.compiler.is_compiling() or _watched():
+        return None
+    key: list[Any] = [settings()]
+    for each in arguments:
+        if type(each) in _PLAIN:
+            key.append(each.dtype)
+            key.append(each.device)
+        elif isinstance(each, torch.Tensor):
+            return None
+        else:
+            key.append(each)
+    return tuple(key)
 
 
 def at_home(tensor: torch.Tensor) -> bool:

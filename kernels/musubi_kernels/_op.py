@@ -82,10 +82,9 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         """Run the operator: through torch's dispatcher, so autograd, compile and fake tensors all work, or directly."""
-        if self.short and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-            tensors = [each for each in args if isinstance(each, torch.Tensor)]
-            if _eager.free(*tensors):
-                key = (_eager.settings(), *[_eager.kind(each) for each in args])
+        if self.short and not torch.is_grad_enabled():
+            key = _eager.kinds(args)
+            if key is not None:
                 body = self._settled.get(key) or self.settle(key, args)
                 if body is not None:
                     return body(*args)

@@ -35,13 +35,12 @@ def product(
         power, rest = _parts(scale)
         y = product(x, q, power.reshape(1, 1).expand(q.shape[0], 1), None, dequantize).float().mul_(rest)
         return (y if bias is None else y.add_(bias)).to(x.dtype)
-    n = q.shape[0]
-    pieces = list(_pieces(n, q.shape[1] * x.element_size()))
+    n, k = q.shape
     bias = None if bias is None else bias.to(x.dtype)
-    if len(pieces) == 1:
+    if n * k * x.element_size() <= PANEL_BYTES:
         return torch.nn.functional.linear(x, dequantize(q, scale, x.dtype), bias)
     y = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
-    for rows in pieces:
+    for rows in _pieces(n, k * x.element_size()):
         panel = dequantize(q[rows], scale if scale.ndim <= 1 else scale[rows], x.dtype)
         if bias is None:
             torch.mm(x, panel.t(), out=y[:, rows])
@@ -56,12 +55,11 @@ def input_gradient(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, deq
         power, rest = _parts(scale)
         dx = input_gradient(grad, q, power.reshape(1, 1).expand(q.shape[0], 1), dequantize)
         return dx.float().mul_(rest).to(grad.dtype)
-    k = q.shape[1]
-    pieces = list(_pieces(k, q.shape[0] * grad.element_size(), _block(scale, k)))
-    if len(pieces) == 1:
-        return grad @ dequantize(q, scale, grad.dtype)
+    n, k = q.shape
+    if n * k * grad.element_size() <= PANEL_BYTES:
+        return torch.mm(grad, dequantize(q, scale, grad.dtype))
     dx = torch.empty((grad.shape[0], k), dtype=grad.dtype, device=grad.device)
-    for columns in pieces:
+    for columns in _pieces(k, n * grad.element_size(), _block(scale, k)):
         panel = dequantize(q[:, columns], _scale_of(scale, columns, k), grad.dtype)
         torch.mm(grad, panel, out=dx[:, columns])
     return dx

@@ -26,6 +26,8 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 
+from musubi_kernels._eager import settings
+
 Way = Literal["small", "fused", "panel"]
 WAYS: Final[tuple[Way, ...]] = get_args(Way)
 
@@ -79,7 +81,8 @@ def bucket(m: int) -> int:
 def run(sizes: Sizes, ways: Mapping[Way, Callable[[], Any]]) -> Any:
     """The result of the way that serves `sizes`; `ways` holds those that can. A first call may time them all."""
     names = tuple(ways)
-    known = (*sizes.group(), names, os.environ.get(WAY_VARIABLE), os.environ.get(TUNE_VARIABLE))
+    group = (*sizes.group(), settings())
+    known = (*group, names)
     settled = _SETTLED.get(known)
     if settled is not None:
         return ways[settled]()
@@ -89,7 +92,21 @@ def run(sizes: Sizes, ways: Mapping[Way, Callable[[], Any]]) -> Any:
             return ways[rule_of_thumb(sizes, names)]()
         chosen = _measured(sizes, ways)
     _SETTLED[known] = chosen
+    if chosen == "panel" and len(names) > 1:
+        _PANELS.add(group)
     return ways[chosen]()
+
+
+def by_panels(product: str, backend: str, m: int, q: torch.Tensor, like: torch.Tensor) -> bool:
+    """Whether products of q [N, K] and m rows of x or dY (`like` it) are known to go by panels.
+
+    A caller that asks first saves itself the list of ways (10 to 20 µs on the host). Never for so few rows that `small`
+    may be among them for one tensor and not for another, as their addresses are.
+    """
+    if m <= SMALL_ROWS:
+        return False
+    n, k = q.shape
+    return (product, backend, bucket(m), n, k, like.dtype, like.device, settings()) in _PANELS
 
 
 def _measured(sizes: Sizes, ways: Mapping[Way, Callable[[], Any]]) -> Way:
@@ -143,6 +160,7 @@ def forget() -> None:
     """Drop what was measured or read in this process; the file stays."""
     _TABLE.clear()
     _SETTLED.clear()
+    _PANELS.clear()
 
 
 def _pinned() -> Way | None:
@@ -276,3 +294,5 @@ def _say_once(what: str, sentence: str) -> None:
 _TABLE: Final = _Table()
 _SETTLED: Final[dict[tuple[Any, ...], Way]] = {}
 """What `run` need not decide again: 1 µs a call in place of 20."""
+_PANELS: Final[set[tuple[Any, ...]]] = set()
+"""The classes among them that go by panels and could go otherwise."""

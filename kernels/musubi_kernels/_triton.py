@@ -78,6 +78,8 @@ def refuses(*tensors: torch.Tensor | None) -> str | None:
 
 def matrix(tensor: torch.Tensor) -> torch.Tensor:
     """[..., K] as [M, K] with contiguous rows; a copy only where the strides need one."""
+    if tensor.ndim == 2 and tensor.stride(1) == 1:
+        return tensor
     folded = tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
     return folded if folded.shape[1] <= 1 or folded.stride(1) == 1 else folded.contiguous()
 
@@ -212,7 +214,12 @@ def decoder_for(target: int, fmt: str, kind: str, *, scaled: bool, split: bool) 
 
 def on_device(tensor: torch.Tensor) -> Any:
     """A context in which launches go to the current stream of the tensor's device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
+
+
+_HERE: Final = contextlib.nullcontext()
 
 
 def cdiv(a: int, b: int) -> int:

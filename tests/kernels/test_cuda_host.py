@@ -165,6 +165,22 @@ def test_python_passes_a_layer_rightly_each_way(
     _check(x.grad, grad.double() @ decoded(q, scale))
 
 
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
+def test_one_scale_for_all_is_not_rounded_into_the_weights(
+    host: HostModule, monkeypatch: pytest.MonkeyPatch, fmt: str
+) -> None:
+    """The gradient's error is that of rounding its result once. In the weights, mantissas would be off all alike."""
+    monkeypatch.setenv("MUSUBI_KERNELS_PATH", "fused")
+    q, scale = quantize_fp8(_numbers(72, 128), mode="tensor", fmt=fmt, scale_dtype=torch.float32)
+    scale.fill_(1.7421875 / 256)  # rounds every e5m2 mantissa off its place in bf16
+    x, grad = _numbers(40, 128).requires_grad_(), _numbers(40, 72)
+    fp8_linear(x, q, scale).backward(grad)
+    exact = grad.double() @ decoded(q, scale)
+    assert x.grad is not None
+    once = (exact.bfloat16().double() - exact).norm()
+    assert (x.grad.double() - exact).norm() <= 1.05 * once
+
+
 @pytest.mark.parametrize("way", ["small", "fused", "panel"])
 def test_python_passes_a_lora_branch_rightly_each_way(
     host: HostModule, monkeypatch: pytest.MonkeyPatch, way: str

@@ -93,6 +93,21 @@ def test_core_products_of_bf16_equal_float64(backend: str, m: int) -> None:
     assert relative(x.grad, exact_dx) <= allowed(exact_dx, torch.bfloat16)
 
 
+@pytest.mark.parametrize("way", ["small", "panel", "auto"])
+def test_what_nobody_pins_uses_both_backends(exact_products: None, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """A product for few rows and the decoding of panels are then CUDA C++'s, within products of Triton's."""
+    monkeypatch.delenv("MUSUBI_KERNELS", raising=False)
+    monkeypatch.setenv("MUSUBI_KERNELS_CACHE", "off")
+    monkeypatch.setenv("MUSUBI_KERNELS_PATH", way)
+    for layout in (("block", 64), ("block", 48), ("channel", 64), ("tensor", 64)):
+        q, scale = weight(256, 768, layout)
+        w = decoded(q, scale)
+        for m in (1, 8, 9, 32) if way == "small" else (1, 40, 300, 300, 1500):
+            x, bias = normal(m, 768, seed=1, dtype=torch.bfloat16), normal(256, seed=2, dtype=torch.bfloat16)
+            exact = x.double() @ w.T + bias.double()
+            assert relative(fp8_linear(x, q, scale, bias), exact) <= allowed(exact, torch.bfloat16), (layout, m)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_linear_and_its_gradients_equal_float64(backend: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:

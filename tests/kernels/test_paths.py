@@ -49,6 +49,30 @@ def ways(*names: _paths.Way) -> dict[_paths.Way, Callable[[], str]]:
     return {name: (lambda name=name: name) for name in names or _paths.WAYS}
 
 
+def test_a_class_that_goes_by_panels_is_known_for_it(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where `small` may be among the ways of one tensor and not of another, and only under the settings it had."""
+    q, x = torch.empty(64, 128, dtype=torch.uint8), torch.empty(100, 128, dtype=torch.bfloat16)
+
+    def known(m: int) -> bool:
+        return _paths.by_panels("fp8_linear", "triton", m, q, x)
+
+    assert _paths.run(SIZES, ways("panel", "small")) == "panel"
+    assert known(100)
+    assert known(128)
+    assert not known(129)
+    assert not _paths.by_panels("fp8_linear", "triton", 100, q, x.half())
+    monkeypatch.setenv(_paths.WAY_VARIABLE, "panel")
+    assert not known(100)
+    assert _paths.run(replace(SIZES, m=20), ways("panel", "small")) == "panel"
+    assert not known(20)
+    monkeypatch.delenv(_paths.WAY_VARIABLE)
+    assert known(100)
+    _paths.forget()
+    assert not known(100)
+    assert _paths.run(replace(SIZES, n=65), ways()) == "fused"
+    assert not _paths.by_panels("fp8_linear", "triton", 100, torch.empty(65, 128), x)
+
+
 @pytest.mark.parametrize(("m", "way"), [(1, "small"), (32, "small"), (33, "fused"), (1023, "fused"), (1024, "panel")])
 def test_without_a_device_m_decides(m: int, way: str) -> None:
     assert _paths.decide(replace(SIZES, m=m), _paths.WAYS)[0] == way

@@ -14,14 +14,18 @@ pytest.importorskip("triton", reason="Triton is published for Linux only")
 
 from kernel_checks import decoded, relative
 from musubi_kernels import (
+    _eager,
+    _paths,
     dequantize_fp8,
     explain,
     fp8_linear,
     fp8_linear_dynamic,
     fp8_lora_linear,
+    lora_linear,
     quantize_fp8,
     testing,
 )
+from musubi_kernels._op import OPS
 
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 LAYOUTS = [("block", 64), ("block", 32), ("block", 48), ("channel", 64), ("tensor", 64)]
@@ -94,6 +98,45 @@ def test_lora_and_all_its_gradients_equal_float64(monkeypatch: pytest.MonkeyPatc
         wanted += [(down.grad, none, u.T @ xd), (up.grad, none, 0.7 * gd.T @ h)]
         for ours, base, branch in wanted:
             assert (ours.double() - base - branch).norm() <= 2.5 * ROUNDING[dtype] * (base.norm() + branch.norm())
+
+
+def test_later_calls_by_panels_give_the_bits_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They know their way without asking what others there are."""
+    monkeypatch.setenv("MUSUBI_KERNELS_PATH", "panel")
+    _paths.forget()
+    q, scale = quantize_fp8(normal(50, 128, seed=0))
+    down, up = normal(4, 128, seed=1).requires_grad_(), normal(50, 4, seed=2).requires_grad_()
+    x, grad = normal(2, 20, 128, seed=3, dtype=torch.bfloat16).requires_grad_(), normal(2, 20, 50, seed=4).bfloat16()
+    asked: list[str] = []
+    run = _paths.run
+    monkeypatch.setattr(_paths, "run", lambda sizes, ways: (asked.append(sizes.product), run(sizes, ways))[1])
+    found = []
+    for _ in range(2):
+        x.grad = down.grad = up.grad = None
+        y = fp8_lora_linear(x, q, scale, None, down, up, scale=0.5)
+        y.backward(grad)
+        found.append([y.detach(), x.grad, down.grad, up.grad])
+    assert asked == ["fp8_lora_linear", "fp8_lora_linear_dx"]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_dense_layer_with_a_branch_goes_the_short_way(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """To the same results and gradients as through torch's dispatcher."""
+    x, w = normal(9, 128, seed=0, dtype=dtype), normal(50, 128, seed=1, dtype=dtype)
+    rest = [normal(50, seed=2, dtype=dtype), normal(4, 128, seed=3), normal(50, 4, seed=4)]
+    leaves = [t.requires_grad_() for t in (x, w, *rest)]
+    mask, found, called = normal(9, 4, seed=5).relu(), [], []
+    for op in (OPS["lora_linear"], OPS["lora_linear_backward"]):
+        call = op._call
+        monkeypatch.setattr(op, "_call", lambda *args, op=op, call=call: (called.append(op.name), call(*args))[1])
+    for free in (_eager.free, lambda *_: False):
+        monkeypatch.setattr(_eager, "free", free)
+        y = lora_linear(*leaves, scale=0.7, mask=mask)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    assert called[:1] == ["lora_linear"]
+    assert len(called) <= 2
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])

@@ -21,9 +21,9 @@ void linear(bool small, int64_t device, int64_t stream, bool transposed,        
   require(small ? gpu::small_serves(task) : gpu::tile_serves(task),
           "this kernel has no such dtype, block or number of rows; rows", x_rows);
   const pybind11::gil_scoped_release release;
-  const std::string name = gpu::sizes(small ? "linear_small" : "linear_tile", x_rows, w_rows, w_cols);
-  gpu::require_launched(gpu::use_device(device), name);
-  gpu::require_launched(small ? gpu::linear_small(task, stream) : gpu::linear_tile(task, stream), name);
+  const gpu::Launch launch{small ? "linear_small" : "linear_tile", x_rows, w_rows, w_cols};
+  gpu::require_launched(gpu::use_device(device), launch);
+  gpu::require_launched(small ? gpu::linear_small(task, stream) : gpu::linear_tile(task, stream), launch);
 }
 
 }  // namespace

@@ -118,7 +118,8 @@ class Tile {
                thread_index() % kCodesPerRow * 16 + (kTransposed ? col0_ : 0),
                kTransposed ? kDepth * task.w.stride : kDepth, aligned_w),
         x_rows_(few(task.x.rows - row0_)),
-        columns_(few(outputs_ - col0_)) {
+        columns_(few(outputs_ - col0_)),
+        one_scale_(kTransposed && task.w.scale_row == 0 && task.w.scale_block == 0) {
     const int lane = thread_index() % kWarp, warp = thread_index() / kWarp;
     g_ = lane / 4, t_ = lane % 4;
     warp_row_ = warp / 4 * (kRows / 2), warp_col_ = warp % 4 * 32;
@@ -144,6 +145,7 @@ class Tile {
       fetch_step(step + kStages - 1, steps);
       if (step >= 0) multiply(static_cast<int>(step) % kStages);
     }
+    if (one_scale_) apply_one_scale();
     if (task_.low.data != nullptr) add_low_rank();
     store();
   }
@@ -164,7 +166,7 @@ class Tile {
       }
       if (thread_index() < Shape::kScales) {
         reinterpret_cast<float*>(to + Shape::kXBytes + Shape::kCodeBytes)[thread_index()] =
-            float_of(scale_, task_.w.scale_dtype);
+            one_scale_ ? 1.0f : float_of(scale_, task_.w.scale_dtype);
       }
       load_scale(left - kDepth);
     }
@@ -289,6 +291,20 @@ class Tile {
     }
   }
 
+  // Gradient with one scale for all of W: rounded into the weights it would be wrong by the same amount for every
+  // weight of a mantissa, of which there are four or eight, and such errors do not average out.
+  MUSUBI_DEVICE void apply_one_scale() {
+    const float scale = load_as_float(task_.w.scale, task_.w.scale_dtype, 0);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int m = 0; m < kMTiles; ++m) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sums_[i][m][c] *= scale;
+      }
+    }
+  }
+
   // The first of the two neighbouring outputs that a lane holds of tile i, within the block.
   MUSUBI_DEVICE int column(int i) const { return warp_col_ + 16 * i + 2 * g_; }
 
@@ -393,6 +409,7 @@ class Tile {
   Fetch<kRows * 8 / kTileThreads, 8> x_;
   Fetch<2, kCodesPerRow> codes_;
   const int x_rows_, columns_;  // real ones of this block's
+  const bool one_scale_;        // a gradient's sums meet the scale, not its weights
   int g_, t_, warp_row_, warp_col_, right_at_, words_at_;
   int64_t scale_at_;
   int block_, into_block_, first_scale_;

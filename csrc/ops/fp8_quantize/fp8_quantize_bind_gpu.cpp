@@ -19,9 +19,9 @@ void quantize(int64_t device, int64_t stream, int64_t w, int64_t rows, int64_t c
   task.codes = static_cast<uint8_t*>(pointer(codes));
   task.scales = pointer(scales);
   const pybind11::gil_scoped_release release;
-  const std::string name = gpu::sizes("quantize", 1, rows, cols);
-  gpu::require_launched(gpu::use_device(device), name);
-  gpu::require_launched(gpu::quantize(task, static_cast<uint32_t*>(pointer(peak)), stream), name);
+  const gpu::Launch launch{"quantize", 1, rows, cols};
+  gpu::require_launched(gpu::use_device(device), launch);
+  gpu::require_launched(gpu::quantize(task, static_cast<uint32_t*>(pointer(peak)), stream), launch);
 }
 
 void dequantize(int64_t device, int64_t stream, int64_t codes, int64_t rows, int64_t cols, int64_t w_stride,
@@ -32,9 +32,9 @@ void dequantize(int64_t device, int64_t stream, int64_t codes, int64_t rows, int
   task.out = pointer(out);
   task.out_dtype = dtype_of(out_dtype);
   const pybind11::gil_scoped_release release;
-  const std::string name = gpu::sizes("dequantize", 1, rows, cols);
-  gpu::require_launched(gpu::use_device(device), name);
-  gpu::require_launched(gpu::dequantize(task, stream), name);
+  const gpu::Launch launch{"dequantize", 1, rows, cols};
+  gpu::require_launched(gpu::use_device(device), launch);
+  gpu::require_launched(gpu::dequantize(task, stream), launch);
 }
 
 }  // namespace

@@ -32,13 +32,21 @@ def fp8_linear(
     x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, fmt: str
 ) -> torch.Tensor:
     """y = x @ (q * scale)^T + bias in x's dtype."""
-    y: torch.Tensor = _paths.run(sizes("fp8_linear", x, q), ways(x, q, scale, bias, fmt))
+    y: torch.Tensor
+    if by_panels("fp8_linear", x, q):
+        y = panel(x, q, scale, bias, fmt)
+    else:
+        y = _paths.run(sizes("fp8_linear", x, q), ways(x, q, scale, bias, fmt))
     return y.reshape(*x.shape[:-1], q.shape[0])
 
 
 def fp8_linear_dx(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str) -> torch.Tensor:
     """dX = dY @ (q * scale) in dY's dtype."""
-    dx: torch.Tensor = _paths.run(sizes("fp8_linear_dx", grad, q), ways_dx(grad, q, scale, fmt))
+    dx: torch.Tensor
+    if by_panels("fp8_linear_dx", grad, q):
+        dx = panel_dx(grad, q, scale, fmt)
+    else:
+        dx = _paths.run(sizes("fp8_linear_dx", grad, q), ways_dx(grad, q, scale, fmt))
     return dx.reshape(*grad.shape[:-1], q.shape[1])
 
 
@@ -129,6 +137,11 @@ def panel(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Ten
 def panel_dx(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt: str) -> torch.Tensor:
     """The input gradient with bounded 16-bit panels of W."""
     return _panel.input_gradient(folded(grad), q, scale, lambda c, part, dtype: dequantize(c, part, fmt, dtype))
+
+
+def by_panels(product: str, x: torch.Tensor, q: torch.Tensor) -> bool:
+    """Whether `product` is known to go by panels at these sizes."""
+    return _paths.by_panels(product, "cuda", x.shape[:-1].numel(), q, x)
 
 
 def sizes(product: str, x: torch.Tensor, q: torch.Tensor) -> _paths.Sizes:

@@ -68,4 +68,4 @@ def input_gradient(grad: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, fmt
 
 def folded(x: torch.Tensor) -> torch.Tensor:
     """[..., K] as [M, K], also where a dimension is 0."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])

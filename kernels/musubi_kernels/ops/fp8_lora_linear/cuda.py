@@ -44,7 +44,11 @@ def forward(
     """(y [..., N], masked low-rank activation [M, R]), both in x's dtype."""
 
     def product(h: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _paths.run(base.sizes("fp8_lora_linear", x, q), ways(x, q, scale, bias, h, up, strength, fmt))
+        y: torch.Tensor
+        if base.by_panels("fp8_lora_linear", x, q):
+            y = _with_branch(lambda: base.panel(x, q, scale, bias, fmt), h, up.t(), strength)
+        else:
+            y = _paths.run(base.sizes("fp8_lora_linear", x, q), ways(x, q, scale, bias, h, up, strength, fmt))
         return y.reshape(*x.shape[:-1], q.shape[0])
 
     return branch.forward(x, down, mask, product)
@@ -63,7 +67,7 @@ def ways(
     """The ways that can serve a forward whose low-rank activation is h [M, R], each as [M, N]."""
     found = base.ways(x, q, scale, bias, fmt)
     for way, product in found.items():
-        found[way] = partial(_with_branch, product, h, up, strength)
+        found[way] = partial(_with_branch, product, h, up.t(), strength)
     if "fused" in found:
         found["fused"] = partial(base.fused, x, q, scale, fmt, bias=bias, low=h, tail=up, strength=strength)
     return found
@@ -85,10 +89,10 @@ def tells(
 
 
 def _with_branch(
-    product: Callable[[], torch.Tensor], h: torch.Tensor, up: torch.Tensor, strength: float
+    product: Callable[[], torch.Tensor], low: torch.Tensor, tail: torch.Tensor, strength: float
 ) -> torch.Tensor:
     y = product()
-    return y.addmm_(h, up.to(y.dtype).t(), alpha=strength)
+    return y.addmm_(low, tail.to(y.dtype), alpha=strength)
 
 
 def refuses_backward(
@@ -124,8 +128,10 @@ def backward(
     """(dX or an empty tensor, d(down), d(up)), as the reference's."""
 
     def product(flat: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        if base.by_panels("fp8_lora_linear_dx", flat, q):
+            return _with_branch(lambda: base.panel_dx(flat, q, scale, fmt), u, down, 1.0)
         found = base.ways_dx(flat, q, scale, fmt)
-        found["panel"] = partial(_with_branch, found["panel"], u, down.t(), 1.0)
+        found["panel"] = partial(_with_branch, found["panel"], u, down, 1.0)
         if "fused" in found:
             found["fused"] = partial(base.fused, flat, q, scale, fmt, transposed=True, low=u, tail=down, strength=1.0)
         dx: torch.Tensor = _paths.run(base.sizes("fp8_lora_linear_dx", flat, q), found)

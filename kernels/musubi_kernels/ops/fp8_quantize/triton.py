@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -133,32 +135,34 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtyp
     if flat.numel() == 0:
         return out
     rows, columns = flat.shape
-    scales = _triton.scales_of(flat, scale)
-    target = _triton.capability(out.device)
-    bm, bn = DEQUANTIZE_TILE if target else INTERPRETED_TILE
-    how, block, groups = _triton.step_of(scales, bn, columns, otherwise="step")
+    made = _prepare(rows, columns, scale.shape, scale.stride(), fmt, _triton.capability(out.device))
     with _triton.on_device(out):
-        kernels._fp8_dequantize_kernel[(cdiv(rows, 2 * bm) * cdiv(columns, bn),)](
-            flat,
-            scale,
-            out,
-            rows,
-            columns,
-            block,
-            flat.stride(0),
-            scales.by_row,
-            scales.by_block,
-            columns,
-            E5M2=fmt == "e5m2",
-            ASM=raw_decoder(fmt, target),
-            SCALES=how,
-            GROUPS=groups,
-            BM=bm,
-            BN=bn,
-            num_warps=8,
-            enable_fp_fusion=True,
+        kernels._fp8_dequantize_kernel[made.grid](
+            flat, scale, out, rows, columns, made.block, flat.stride(0), *made.steps, columns, **made.constants
         )
     return out
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a launch of the dequantising kernel needs besides tensors, the same for all calls on weights of a shape."""
+
+    grid: tuple[int]
+    block: int
+    steps: tuple[int, int]
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare(
+    rows: int, columns: int, shape: tuple[int, ...], stride: tuple[int, ...], fmt: str, target: int
+) -> Prepared:
+    scales = _triton.layout_of(columns, shape, stride)
+    bm, bn = DEQUANTIZE_TILE if target else INTERPRETED_TILE
+    how, block, groups = _triton.step_of(scales, bn, columns, otherwise="step")
+    form = {"E5M2": fmt == "e5m2", "ASM": raw_decoder(fmt, target), "SCALES": how, "GROUPS": groups}
+    constants = {**form, "BM": bm, "BN": bn, "num_warps": 8, "enable_fp_fusion": True}
+    return Prepared((cdiv(rows, 2 * bm) * cdiv(columns, bn),), block, (scales.by_row, scales.by_block), constants)
 
 
 def shipped() -> Iterator[Shipped]:

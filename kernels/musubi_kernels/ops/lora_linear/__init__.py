@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from musubi_kernels import _eager
 from musubi_kernels._checks import (
     autocast,
     check_activation,
@@ -22,7 +23,7 @@ from musubi_kernels._checks import (
 from musubi_kernels._explain import Plan, planned_by
 from musubi_kernels._op import Op
 from musubi_kernels.ops.fp8_linear import bias_gradient
-from musubi_kernels.ops.lora_linear import reference, triton
+from musubi_kernels.ops.lora_linear import gpu, reference
 
 
 def _forward_fake(
@@ -59,7 +60,8 @@ FORWARD = Op(
     "(Tensor x, Tensor w, Tensor? bias, Tensor down, Tensor up, Tensor? mask, float strength) -> (Tensor, Tensor)",
     _forward_fake,
 )
-FORWARD.serve("triton", triton.forward, triton.refuses)
+FORWARD.serve("triton", gpu.forward, gpu.refuses_triton)
+FORWARD.serve("cuda", gpu.forward, gpu.refuses_cuda)
 FORWARD.serve("reference", reference.forward)
 
 BACKWARD = Op(
@@ -69,7 +71,8 @@ BACKWARD = Op(
     _backward_fake,
     short=True,
 )
-BACKWARD.serve("triton", triton.backward, triton.refuses_backward)
+BACKWARD.serve("triton", gpu.backward, gpu.refuses_triton)
+BACKWARD.serve("cuda", gpu.backward, gpu.refuses_cuda)
 BACKWARD.serve("reference", reference.backward)
 
 
@@ -152,8 +155,21 @@ def lora_linear(
     Raises:
         ValueError: a shape, dtype or device does not fit, with the values.
     """
-    plan = _plan(x, w, bias, down, up, scale=scale, mask=mask)
-    y: torch.Tensor = plan.op(*plan.args)[0]
+    y: torch.Tensor
+    plan = None
+    if _eager.free(x, w, bias, down, up, mask):
+        x = autocast(x)
+        others = [_eager.facts(each) for each in (w, bias, down, up)]
+        key = (_eager.settings(), x.dtype, x.device, x.shape[-1:], *others)
+        body = FORWARD.settled(key)
+        if body is None:
+            plan = _plan(x, w, bias, down, up, scale=scale, mask=mask)
+            body = FORWARD.settle(key, plan.args)
+        if body is not None:
+            y = FORWARD.direct(body, x, w, bias, down, up, expand_mask(mask, x, down.shape[0]), float(scale))[0]
+            return y
+    plan = plan or _plan(x, w, bias, down, up, scale=scale, mask=mask)
+    y = plan.op(*plan.args)[0]
     return y
 
 
