@@ -8,6 +8,7 @@ class module_;
 namespace musubi {
 
 void bind_fp8_linear(pybind11::module_& module);
+void bind_fp8_linear_call(pybind11::module_& module);
 void bind_fp8_linear_dynamic(pybind11::module_& module);
 void bind_fp8_quantize(pybind11::module_& module);
 

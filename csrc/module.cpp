@@ -50,6 +50,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("pool_workers", &musubi::pool_workers, "Worker threads that exist now.");
   module.def("scratch_bytes", &musubi::scratch_bytes, "Bytes of scratch that this thread holds.");
   musubi::bind_fp8_linear(module);
+  musubi::bind_fp8_linear_call(module);
   musubi::bind_fp8_linear_dynamic(module);
   musubi::bind_fp8_quantize(module);
 #ifdef MUSUBI_CUDA_TARGETS

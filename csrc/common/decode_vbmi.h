@@ -57,6 +57,16 @@ struct Decoder {
     *upper = _mm512_ternarylogic_epi32(magnitude, codes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
   }
 
+  // The same where a look-up in 128 entries costs three operations (Intel's cores): two in 64 entries each, the second
+  // where bit 6 is set.
+  MUSUBI_INLINE void look_up_twice(__m512i codes, __m512i* lower, __m512i* upper) const {
+    const __mmask64 high = _mm512_test_epi8_mask(codes, _mm512_set1_epi8(0x40));
+    const __m512i low0 = _mm512_permutexvar_epi8(codes, lower0), up0 = _mm512_permutexvar_epi8(codes, upper0);
+    *lower = _mm512_mask_permutexvar_epi8(low0, high, codes, lower1);
+    const __m512i magnitude = _mm512_mask_permutexvar_epi8(up0, high, codes, upper1);
+    *upper = _mm512_ternarylogic_epi32(magnitude, codes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
+  }
+
   // 64 codes as bf16: `a` holds the first 32, `b` the others.
   MUSUBI_INLINE void pairs(__m512i codes, __m512i* a, __m512i* b) const {
     __m512i lower, upper;
@@ -64,6 +74,32 @@ struct Decoder {
     *a = _mm512_unpacklo_epi8(lower, upper);
     *b = _mm512_unpackhi_epi8(lower, upper);
   }
+
+  // 64 codes as bf16 in the order that costs no move: pair i of both together is pair pair_at(i) of the codes.
+  MUSUBI_INLINE void pairs_shuffled(__m512i codes, __m512i* a, __m512i* b) const {
+    __m512i lower, upper;
+    look_up(codes, &lower, &upper);
+    *a = _mm512_unpacklo_epi8(lower, upper);
+    *b = _mm512_unpackhi_epi8(lower, upper);
+  }
+  static constexpr int64_t pair_at(int64_t i) { return i % 16 / 4 * 8 + i / 16 * 4 + i % 4; }
+
+  // 64 codes as floats in the order that costs no move: float i of all four together is code float_at(i).
+  MUSUBI_INLINE void floats_shuffled(__m512i codes, __m512* out) const {
+    __m512i lower, upper;
+#ifdef __AVX512BF16__
+    look_up(codes, &lower, &upper);
+#else
+    look_up_twice(codes, &lower, &upper);
+#endif
+    const __m512i a = _mm512_unpacklo_epi8(lower, upper), b = _mm512_unpackhi_epi8(lower, upper);
+    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16));
+    out[1] = _mm512_castsi512_ps(_mm512_and_si512(a, high));
+    out[2] = _mm512_castsi512_ps(_mm512_slli_epi32(b, 16));
+    out[3] = _mm512_castsi512_ps(_mm512_and_si512(b, high));
+  }
+  static constexpr int64_t float_at(int64_t i) { return i % 16 / 4 * 16 + i / 32 * 8 + i % 4 * 2 + i / 16 % 2; }
 
   // 64 codes as floats, in order. The codes are laid out so that the two halves of a word are 16 codes apart: shifting
   // them out takes another port than the look-ups.
@@ -136,6 +172,13 @@ class Codes {
     MUSUBI_UNROLL
     for (int v = 0; v < 4; ++v) _mm512_storeu_ps(out + 16 * v, f[v]);
   }
+
+  // 64 codes as floats in an order of this build: float i is code place(i).
+  static constexpr bool kInRegisters = true;
+  MUSUBI_INLINE void shuffled(const uint8_t* codes, __m512* out) const {
+    decoder_.floats_shuffled(_mm512_loadu_si512(codes), out);
+  }
+  static constexpr int64_t place(int64_t i) { return Decoder::float_at(i); }
 
   const Decoder& decoder() const { return decoder_; }
 

@@ -32,6 +32,14 @@ class Codes {
     if (i < count) Vec::store(out + i, tail(codes + i, count - i));
   }
 
+  // 64 codes as floats, which decode_vbmi.h has in an order of its own: float i is code place(i).
+  static constexpr bool kInRegisters = false;
+  MUSUBI_INLINE void shuffled(const uint8_t* codes, Vec::F* out) const {
+    MUSUBI_UNROLL
+    for (int i = 0; i < 64 / Vec::W; ++i) out[i] = Vec::decode(codes + i * Vec::W, format_);
+  }
+  static constexpr int64_t place(int64_t i) { return i; }
+
  private:
   Vec::F tail(const uint8_t* codes, int64_t count) const {
     uint8_t few[Vec::W] = {};

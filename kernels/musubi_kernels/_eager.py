@@ -29,8 +29,8 @@ _VARIABLES: Final = (
 )
 
 
-def _watchers() -> Callable[[], bool]:
-    """Whether anything watches calls, from torch's own counters; always True where this torch lacks one of them."""
+def _watchers() -> tuple[Callable[[], Any], ...] | None:
+    """torch's own counters of what watches calls: each gives 0, None or False where nothing does. None: one lacks."""
     core: Any = torch._C
     autograd: Any = torch.autograd
     try:
@@ -41,7 +41,17 @@ def _watchers() -> Callable[[], bool]:
             autograd._profiler_enabled,
         )
     except AttributeError:
+        return None
+    return modes, functions, level, tracing, profiled
+
+
+WATCHERS: Final = _watchers()
+
+
+def _watched_by() -> Callable[[], bool]:
+    if WATCHERS is None:
         return lambda: True
+    modes, functions, level, tracing, profiled = WATCHERS
 
     def watched() -> bool:
         return bool(modes() or functions() or level() is not None or tracing() is not None or profiled())
@@ -49,7 +59,7 @@ def _watchers() -> Callable[[], bool]:
     return watched
 
 
-_watched: Final = _watchers()
+_watched: Final = _watched_by()
 
 
 def free(*tensors: torch.Tensor | None) -> bool:

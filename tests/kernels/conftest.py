@@ -16,6 +16,7 @@ from kernel_checks import Fp8Cases, bodies
 from musubi_kernels import _native
 from musubi_kernels._backends import missing
 from musubi_kernels._op import OPS
+from musubi_kernels.ops.fp8_linear import call
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +24,7 @@ def unsettled() -> None:
     """Each test chooses backends anew: some change what the machine has."""
     for op in OPS.values():
         op.forget()
+    call.forget()
 
 
 @pytest.fixture(params=bodies())

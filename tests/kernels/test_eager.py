@@ -9,8 +9,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from musubi_kernels import _eager, explain, fp8_linear, fp8_linear_dynamic, fp8_lora_linear, quantize_fp8
+from musubi_kernels import (
+    _eager,
+    dequantize_fp8,
+    explain,
+    fp8_linear,
+    fp8_linear_dynamic,
+    fp8_lora_linear,
+    quantize_fp8,
+)
+from musubi_kernels._formats import Mode
 from musubi_kernels._op import OPS
+from musubi_kernels.ops.fp8_linear import call as forward
 
 N, K, RANK = 20, 128, 4
 Call = Callable[[dict[str, torch.Tensor]], torch.Tensor]
@@ -220,3 +230,78 @@ def test_strided_tensors_give_what_their_copies_give(native: None) -> None:
         want = call(t).detach()
         for name, value in strided.items():
             torch.testing.assert_close(call({**t, name: value}).detach(), want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def learnt(native: None) -> dict[str, torch.Tensor]:
+    """Tensors whose call the compiled module has learnt to serve whole."""
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch has no C table for DLPack")
+    t = {name: tensor.detach() for name, tensor in tensors().items()}
+    plain(t)
+    assert forward.whole(t["x"], t["q"], t["scale"], t["bias"]) is not None
+    return t
+
+
+def test_a_whole_call_gives_what_python_gives(learnt: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    t = learnt
+    y = forward.whole(t["x"], t["q"], t["scale"], t["bias"])
+    other = forward.whole(t["x"][1:, :1], t["q"], t["scale"], t["bias"])  # another batch, an offset
+    monkeypatch.setattr(forward, "whole", lambda *_: None)
+    assert y is not None
+    assert other is not None
+    assert torch.equal(y, plain(t))
+    assert torch.equal(other, plain({**t, "x": t["x"][1:, :1]}))
+
+
+@pytest.mark.parametrize("k", [64, 96, 128])
+@pytest.mark.parametrize("mode", ["block", "channel", "tensor"])
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
+def test_a_whole_call_knows_every_layout_of_scales(native: None, k: int, mode: Mode, fmt: str) -> None:
+    w, x = torch.randn(9, k).bfloat16(), torch.randn(3, k)
+    q, scale = quantize_fp8(w, mode=mode, block_size=32, fmt=fmt)
+    first = fp8_linear(x, q, scale)
+    assert torch.equal(first, fp8_linear(x, q, scale))
+    exact = x.double() @ dequantize_fp8(q, scale, dtype=torch.float32).double().T
+    assert torch.allclose(first.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: {**t, "x": t["x"].clone().requires_grad_()},
+        lambda t: {**t, "bias": t["bias"].clone().requires_grad_()},
+        lambda t: {**t, "x": t["x"].float()},
+        lambda t: {**t, "x": t["x"].transpose(0, 1)},
+        lambda t: {**t, "x": t["x"].to("meta")},
+        lambda t: {**t, "x": t["x"][..., :64]},
+        lambda t: {**t, "q": t["q"].view(torch.float8_e5m2)},
+        lambda t: {**t, "q": t["q"].view(torch.uint8)},
+        lambda t: {**t, "scale": t["scale"].float()},
+        lambda t: {**t, "scale": t["scale"][:, :1]},
+        lambda t: {**t, "scale": t["scale"].flatten()},
+        lambda t: {**t, "bias": t["bias"][:5]},
+        lambda t: {**t, "bias": None},
+        lambda t: {**t, "x": t["x"].tolist()},
+    ],
+)
+def test_whatever_was_not_learnt_goes_on_in_python(
+    learnt: dict[str, torch.Tensor], change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
+    t = change(learnt)
+    assert forward.whole(t["x"], t["q"], t["scale"], t["bias"]) is None
+
+
+def test_whoever_watches_sees_the_call(learnt: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = [learnt[name] for name in ("x", "q", "scale", "bias")]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert forward.whole(*args) is None
+    with torch.profiler.profile():
+        assert forward.whole(*args) is None
+    with TorchDispatchMode():
+        assert forward.whole(*args) is None
+    assert torch.func.vmap(lambda x: torch.tensor(forward.whole(x, *args[1:]) is None).expand(1))(args[0]).all()
+    with monkeypatch.context() as patch:
+        patch.setenv("MUSUBI_KERNELS", "reference")
+        assert forward.whole(*args) is None
+    assert forward.whole(*args) is not None

@@ -255,6 +255,7 @@ struct PairKernel {
 class PairLanes {
  public:
   static constexpr int64_t kPerUnit = 2;
+  static constexpr bool kInRegisters = true;
 
   explicit PairLanes(Format format) : decoder_(format) {}
 
@@ -265,6 +266,20 @@ class PairLanes {
     _mm512_storeu_si512(units + 16, hi);
   }
 
+  MUSUBI_INLINE void decode_whole(const uint8_t* codes, float* units) const {
+    __m512i a, b;
+    decoder_.pairs_shuffled(_mm512_loadu_si512(codes), &a, &b);
+    _mm512_storeu_si512(units, a);
+    _mm512_storeu_si512(units + 16, b);
+  }
+  MUSUBI_INLINE void decode_whole(const uint8_t* codes, __m512* vectors) const {
+    __m512i a, b;
+    decoder_.pairs_shuffled(_mm512_loadu_si512(codes), &a, &b);
+    vectors[0] = _mm512_castsi512_ps(a);
+    vectors[1] = _mm512_castsi512_ps(b);
+  }
+  static constexpr int64_t place(int64_t i) { return Decoder::pair_at(i); }
+
   template <int G>
   static __m512 multiply(__m512 x, const float* weights, __m512 sum) {
     const __m512bh pairs = pairs_of(_mm512_castps_si512(x));
@@ -274,6 +289,9 @@ class PairLanes {
       return sum;
     }
     return _mm512_dpbf16_ps(sum, pairs, pairs_of(_mm512_castps_si512(Vec::repeat<G>(weights))));
+  }
+  static __m512 multiply(__m512 x, __m512 weights, __m512 sum) {
+    return _mm512_dpbf16_ps(sum, pairs_of(_mm512_castps_si512(x)), pairs_of(_mm512_castps_si512(weights)));
   }
 
   static void units_of(const Rows& x, int64_t row, int64_t c0, int64_t count, float* units) {

@@ -2,8 +2,14 @@
 //
 // Lanes are rows of x times neighbours along K: with 16 lanes and 3 rows, 4 x 4. R rows of W are decoded, 64 codes at
 // a time, into a buffer in L1, from which G neighbouring weights are repeated over the lanes; so a weight costs as many
-// products as there are rows, its decoding once, and x is read once per R rows of W. A block's partial sum meets its
-// scale in float32, one multiplication per block and row of W. Everything of W is read once, in order.
+// products as there are rows, its decoding once, and x is read once per R rows of W. The codes that come next are
+// decoded between the products of those before: a processor does not look far enough ahead to mix the two itself, and
+// decoding alone leaves half of its units idle. One row of x meets weights that never leave the registers, where the
+// build can decode into them. A block's partial sum meets its scale in float32, one multiplication per block and row of
+// W. Everything of W is read once, in order.
+//
+// Whole pieces of 64 codes are decoded in the order that is cheapest (`place`), and x is packed in the same; what is
+// left of a block that is no multiple of 64 keeps its order.
 #include "ops/fp8_linear/fp8_linear-inl.h"
 
 namespace musubi {
@@ -11,20 +17,37 @@ namespace MUSUBI_ISA {
 namespace {
 
 constexpr int64_t kRowsPerChunk = 64;
-constexpr int64_t kPiece = 64;  // codes decoded at once
+constexpr int64_t kPiece = 64;   // codes decoded at once
+constexpr int64_t kScales = 64;  // blocks of a row whose scales are read at once
+constexpr int64_t kFetchBeside =
+    256;  // R rows are often whole pages: what is fetched must not share a set with what is used
 
 // Multiplies in float32: a unit is one float.
 class FloatLanes {
  public:
   static constexpr int64_t kPerUnit = 1;
+  static constexpr bool kInRegisters = Codes::kInRegisters;
 
   explicit FloatLanes(Format format) : codes_(format) {}
+
+  // At most kPiece codes in their order, padded with zeros to a whole vector.
   void decode(const uint8_t* codes, int64_t count, float* units) const { codes_.padded(codes, count, units); }
+
+  // kPiece codes: unit i is unit place(i) of them.
+  MUSUBI_INLINE void decode_whole(const uint8_t* codes, float* units) const {
+    Vec::F vectors[kPiece / Vec::W];
+    codes_.shuffled(codes, vectors);
+    MUSUBI_UNROLL
+    for (int i = 0; i < kPiece / Vec::W; ++i) Vec::store(units + i * Vec::W, vectors[i]);
+  }
+  MUSUBI_INLINE void decode_whole(const uint8_t* codes, Vec::F* vectors) const { codes_.shuffled(codes, vectors); }
+  static constexpr int64_t place(int64_t i) { return Codes::place(i); }
 
   template <int G>
   static Vec::F multiply(Vec::F x, const float* weights, Vec::F sum) {
     return Vec::fma(x, Vec::repeat<G>(weights), sum);
   }
+  static Vec::F multiply(Vec::F x, Vec::F weights, Vec::F sum) { return Vec::fma(x, weights, sum); }
 
   static void units_of(const Rows& x, int64_t row, int64_t c0, int64_t count, float* units) {
     read_row(x, row, c0, count, units);
@@ -49,14 +72,14 @@ inline const float* floats_of(const Rows& m, float* to) {
   return to;
 }
 
-// The scales of row n as floats, one per block.
-MUSUBI_NOINLINE void scales_of_row(const Fp8Rows& w, int64_t n, int64_t blocks, float* out) {
+// The scales of `count` blocks of row n from block b0, as floats.
+MUSUBI_NOINLINE void scales_of_row(const Fp8Rows& w, int64_t n, int64_t b0, int64_t count, float* out) {
   if (w.scale_block == 1) {
-    Rows row{w.scale, 1, blocks, 0, w.scale_dtype};
-    row.data = static_cast<const char*>(w.scale) + n * w.scale_row * size_of(w.scale_dtype);
-    return read_row(row, 0, 0, blocks, out);
+    Rows row{w.scale, 1, count, 0, w.scale_dtype};
+    row.data = static_cast<const char*>(w.scale) + (n * w.scale_row + b0) * size_of(w.scale_dtype);
+    return read_row(row, 0, 0, count, out);
   }
-  for (int64_t b = 0; b < blocks; ++b) out[b] = scale_at(w, n, b);
+  for (int64_t b = 0; b < count; ++b) out[b] = scale_at(w, n, b0 + b);
 }
 
 template <class Lanes, int G>
@@ -84,79 +107,263 @@ class FewRows {
 
  private:
   static constexpr int kRows = Vec::W / G;  // of x, in one vector
+  static constexpr int64_t kUnits = kPiece / Lanes::kPerUnit;
+  static constexpr int64_t kSteps = kUnits / G;  // vectors of x per piece
+  static constexpr bool kDirect = Lanes::kInRegisters && G == Vec::W;
 
   // Vector g of block b: units G g .. G g + G - 1 of the block from each row, zeros where there is no row or unit.
   void pack(float* to, float* units) const {
-    std::memset(to, 0, static_cast<size_t>(blocks_ * groups_ * Vec::W * 4));
-    for (int64_t m = 0; m < task_.x.rows; ++m) {
-      for (int64_t b = 0; b < blocks_; ++b) {
-        const int64_t count = least(block_, task_.x.cols - b * block_);
-        Lanes::units_of(task_.x, m, b * block_, count, units);
-        const int64_t whole = (count + Lanes::kPerUnit - 1) / Lanes::kPerUnit;
-        float* const block = to + b * groups_ * Vec::W + m * G;
-        for (int64_t u = 0; u < whole; u += G) copy_bytes(block + u / G * Vec::W, units + u, least(G, whole - u) * 4);
+    if (task_.x.rows < kRows || block_ % kPiece != 0) {
+      std::memset(to, 0, static_cast<size_t>(blocks_ * groups_ * Vec::W * 4));
+    }
+    for (int64_t b = 0; b < blocks_; ++b) {  // rows inside, so that what they write together stays in L1
+      const int64_t count = least(block_, task_.x.cols - b * block_);
+      for (int64_t m = 0; m < task_.x.rows; ++m) {
+        for (int64_t c = 0; c < count; c += kPiece) {
+          const int64_t codes = least(kPiece, count - c);
+          Lanes::units_of(task_.x, m, b * block_ + c, codes, units);
+          float* const piece = to + b * groups_ * Vec::W + c / Lanes::kPerUnit / G * Vec::W + m * G;
+          if (codes == kPiece) {
+            place_whole(units, piece);
+          } else {
+            const int64_t left = (codes + Lanes::kPerUnit - 1) / Lanes::kPerUnit;
+            for (int64_t i = 0; i < left; ++i) piece[i / G * Vec::W + i % G] = units[i];
+          }
+        }
       }
     }
   }
 
+  static MUSUBI_INLINE void place_whole(const float* units, float* piece) {
+    MUSUBI_UNROLL
+    for (int64_t i = 0; i < kUnits; ++i) piece[i / G * Vec::W + i % G] = units[Lanes::place(i)];
+  }
+
   void outputs(int64_t j0, int64_t jn) const {
     const Lanes lanes(task_.w.format);
-    float* const scales = static_cast<float*>(scratch(Slot::rows, kFewOutputs * blocks_ * 4 + 4));
     float sums[kRows * kRowsPerChunk] = {};
     int64_t j = 0;
-    for (; j + kFewOutputs <= jn; j += kFewOutputs) rows<kFewOutputs>(lanes, j0 + j, scales, sums + j);
-    for (; j < jn; ++j) rows<1>(lanes, j0 + j, scales, sums + j);
+    for (; j + kFewOutputs <= jn; j += kFewOutputs) some<kFewOutputs>(lanes, j0 + j, sums + j);
+    for (; j < jn; ++j) some<1>(lanes, j0 + j, sums + j);
     finish(j0, jn, sums);
   }
 
+  // sums[m * kRowsPerChunk + r]: row m of x by row j + r of W, for R rows of W.
   template <int R>
-  MUSUBI_NOINLINE void rows(const Lanes& lanes, int64_t j, float* scales, float* sums) const {
+  void some(const Lanes& lanes, int64_t j, float* sums) const {
     const Fp8Rows& w = task_.w;
     typename Vec::F whole[R];
-    MUSUBI_UNROLL
     for (int r = 0; r < R; ++r) whole[r] = Vec::zero();
-    for (int r = 0; r < R; ++r) scales_of_row(w, j + r, blocks_, scales + r * blocks_);
-    const uint8_t* codes = w.codes + j * w.stride;
-    const int64_t pieces = block_ / kPiece, left = block_ % kPiece;
-    const float* x = x_;
-    for (int64_t b = 0; b < blocks_; ++b) {
-      typename Vec::F part[R];
-      MUSUBI_UNROLL
-      for (int r = 0; r < R; ++r) part[r] = Vec::zero();
-      for (int64_t i = 0; i < pieces; ++i, codes += kPiece) {
-        x = piece<R, true>(lanes, codes, w.stride, kPiece, x, part);
+    float scales[R * kScales];  // at a stride that the compiler knows
+    for (int64_t b = 0; b < blocks_; b += kScales) {
+      const int64_t count = least(kScales, blocks_ - b);
+      for (int r = 0; r < R; ++r) scales_of_row(w, j + r, b, count, scales + r * kScales);
+      const uint8_t* const codes = w.codes + j * w.stride + b * block_;
+      const float* const x = x_ + b * groups_ * Vec::W;
+      if (block_ % kPiece != 0 && blocks_ > 1) {
+        in_parts<R>(lanes, codes, x, count, scales, whole);
+      } else if constexpr (kDirect) {
+        in_registers<R>(lanes, codes, x, count, scales, whole);
+      } else {
+        ahead<R>(lanes, codes, x, count, scales, whole);
       }
-      if (left > 0) x = piece<R, false>(lanes, codes, w.stride, left, x, part);
-      codes += left;
-      MUSUBI_UNROLL
-      for (int r = 0; r < R; ++r) whole[r] = Vec::fma(part[r], Vec::set1(scales[r * blocks_ + b]), whole[r]);
     }
     for (int r = 0; r < R; ++r) {
       float by_lane[Vec::W];
       Vec::store(by_lane, whole[r]);
       for (int m = 0; m < kRows; ++m) {
-        float sum = 0.0f;
-        for (int g = 0; g < G; ++g) sum += by_lane[m * G + g];
+        float sum = G == Vec::W ? Vec::sum(whole[r]) : 0.0f;
+        for (int g = 0; g < G && G < Vec::W; ++g) sum += by_lane[m * G + g];
         sums[m * kRowsPerChunk + r] = sum;
       }
     }
   }
 
-  // `left` of the codes of R rows from column c, no more than kPiece, with the vectors of x from `x`.
-  template <int R, bool kWhole>
-  static MUSUBI_INLINE const float* piece(const Lanes& lanes, const uint8_t* codes, int64_t stride, int64_t left,
-                                          const float* x, typename Vec::F* part) {
-    // one vector more: GCC 12 cannot see that a last part begins at a whole vector, and warns
-    alignas(64) float weights[R * kPiece + Vec::W];
+  // The three bodies: `blocks` blocks of R rows of W from `codes` by those of x at `x`, times their scales, onto
+  // `sums`. This one is for one row of x.
+  template <int R>
+  MUSUBI_NOINLINE void in_registers(const Lanes& given, const uint8_t* codes, const float* x, int64_t blocks,
+                                    const float* scales, typename Vec::F* sums) const {
+    const Lanes lanes = given;  // tables in registers
+    const int64_t stride = task_.w.stride, pieces = block_ / kPiece;
+    const uint8_t* next = codes + R * stride + kFetchBeside;
+    const Multiples row(stride);
+    asm volatile("" : "+r"(next));  // it has its own register
+    typename Vec::F whole[R];
+    MUSUBI_UNROLL
+    for (int r = 0; r < R; ++r) whole[r] = sums[r];
+    int64_t left = pieces;
+    for (int64_t i = blocks * pieces; i > 0; --i, codes += kPiece, next += kPiece, x += kSteps * Vec::W) {
+      // a scale that GCC took into a register beforehand would need a shuffle more to be repeated
+      asm volatile("" : "+r"(scales));
+      typename Vec::F xs[kSteps];
+      MUSUBI_UNROLL
+      for (int v = 0; v < kSteps; ++v) xs[v] = Vec::load(x + v * Vec::W);
+      MUSUBI_UNROLL
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(next + row.times(r), 0, 2);
+        typename Vec::F weights[kSteps];
+        lanes.decode_whole(codes + row.times(r), weights);
+        auto part = Vec::zero();
+        MUSUBI_UNROLL
+        for (int v = 0; v < kSteps; ++v) part = Lanes::multiply(xs[v], weights[v], part);
+        // every piece meets its scale, so that no loop is inside another
+        whole[r] = Vec::fma(part, Vec::set1(scales[r * kScales]), whole[r]);
+      }
+      if (--left == 0 && i > 1) {
+        left = pieces;
+        ++scales;
+      }
+    }
+    MUSUBI_UNROLL
+    for (int r = 0; r < R; ++r) sums[r] = whole[r];
+    if (block_ % kPiece != 0) add_tail<R>(given, codes, x, scales, sums);
+  }
+
+  // Several rows of x: the next piece is decoded meanwhile.
+  template <int R>
+  MUSUBI_NOINLINE void ahead(const Lanes& given, const uint8_t* codes, const float* x, int64_t blocks,
+                             const float* scales, typename Vec::F* sums) const {
+    const Lanes lanes = given;
+    const int64_t stride = task_.w.stride, pieces = block_ / kPiece;
+    typename Vec::F part[R], whole[R];
     MUSUBI_UNROLL
     for (int r = 0; r < R; ++r) {
-      // the rows that come next, into L2: 21 GB/s from memory where none gives 9
-      __builtin_prefetch(codes + (R + r) * stride, 0, 2);
-      lanes.decode(codes + r * stride, kWhole ? kPiece : left, weights + r * kPiece);
+      part[r] = Vec::zero();
+      whole[r] = sums[r];
     }
+    alignas(64) float weights[2][R * kUnits];
+    float *now = weights[0], *next = weights[1];
+    if (pieces > 0) decode<R>(lanes, codes, stride, now);
+    int64_t left = pieces;
+    for (int64_t i = blocks * pieces; i > 0; --i, x += kSteps * Vec::W) {
+      if (i > 1) codes += kPiece;  // the last piece is decoded twice
+      meet<R>(lanes, codes, stride, x, now, next, part);
+      float* const done = now;
+      now = next;
+      next = done;
+      if (--left == 0) {
+        MUSUBI_UNROLL
+        for (int r = 0; r < R; ++r) {
+          whole[r] = Vec::fma(part[r], Vec::set1(scales[r * kScales]), whole[r]);
+          part[r] = Vec::zero();
+        }
+        left = pieces;
+        if (i > 1) ++scales;
+      }
+    }
+    MUSUBI_UNROLL
+    for (int r = 0; r < R; ++r) sums[r] = whole[r];
+    if (block_ % kPiece != 0) add_tail<R>(given, pieces > 0 ? codes + kPiece : codes, x, scales, sums);
+  }
+
+  // The codes after the whole pieces of a row with one scale.
+  template <int R>
+  MUSUBI_NOINLINE void add_tail(const Lanes& lanes, const uint8_t* codes, const float* x, const float* scales,
+                                typename Vec::F* sums) const {
+    typename Vec::F part[R];
+    MUSUBI_UNROLL
+    for (int r = 0; r < R; ++r) part[r] = Vec::zero();
+    tail<R>(lanes, codes, task_.w.stride, block_ % kPiece, x, part);
+    MUSUBI_UNROLL
+    for (int r = 0; r < R; ++r) sums[r] = Vec::fma(part[r], Vec::set1(scales[r * kScales]), sums[r]);
+  }
+
+  // Blocks that are no multiples of kPiece.
+  template <int R>
+  MUSUBI_NOINLINE void in_parts(const Lanes& lanes, const uint8_t* codes, const float* x, int64_t blocks,
+                                const float* scales, typename Vec::F* sums) const {
+    const int64_t stride = task_.w.stride, pieces = block_ / kPiece, left = block_ % kPiece;
+    for (int64_t b = 0; b < blocks; ++b) {
+      typename Vec::F part[R];
+      MUSUBI_UNROLL
+      for (int r = 0; r < R; ++r) part[r] = Vec::zero();
+      for (int64_t i = 0; i < pieces; ++i, codes += kPiece, x += kSteps * Vec::W) {
+        alignas(64) float weights[R * kUnits];
+        decode<R>(lanes, codes, stride, weights);
+        asm volatile("" : : "r"(weights) : "memory");
+        for (int64_t u = 0; u < kUnits; u += G) step<R>(x + u / G * Vec::W, weights + u, part);
+      }
+      x = tail<R>(lanes, codes, stride, left, x, part);
+      codes += left;
+      MUSUBI_UNROLL
+      for (int r = 0; r < R; ++r) sums[r] = Vec::fma(part[r], Vec::set1(scales[r * kScales + b]), sums[r]);
+    }
+  }
+
+  // Up to seven times a stride in four registers, by what an x86 address can scale. Left to itself, GCC keeps one
+  // address for each row and pointer, in vector registers for want of others.
+  struct Multiples {
+    int64_t one, three, five, seven;
+    explicit Multiples(int64_t stride) : one(stride), three(3 * stride), five(5 * stride), seven(7 * stride) {
+      asm volatile("" : "+r"(one), "+r"(three), "+r"(five), "+r"(seven));
+    }
+    MUSUBI_INLINE int64_t times(int r) const {
+      switch (r) {
+        case 0:
+          return 0;
+        case 3:
+          return three;
+        case 5:
+          return five;
+        case 6:
+          return 2 * three;
+        case 7:
+          return seven;
+        default:
+          return r * one;
+      }
+    }
+  };
+  static_assert(kFewOutputs <= 8, "Multiples knows no more");
+
+  // The rows that come next, into L2: 21 GB/s from memory where none gives 9.
+  template <int R>
+  static MUSUBI_INLINE void fetch(const uint8_t* codes, int64_t stride) {
+    __builtin_prefetch(codes + R * stride + kFetchBeside, 0, 2);
+  }
+
+  template <int R>
+  static MUSUBI_INLINE void decode(const Lanes& lanes, const uint8_t* codes, int64_t stride, float* weights) {
+    MUSUBI_UNROLL
+    for (int r = 0; r < R; ++r) {
+      fetch<R>(codes + r * stride, stride);
+      lanes.decode_whole(codes + r * stride, weights + r * kUnits);
+    }
+  }
+
+  // The decoded piece `now` by the vectors of x at `x`, and the piece at `codes` into `next` meanwhile.
+  template <int R>
+  static MUSUBI_INLINE void meet(const Lanes& lanes, const uint8_t* codes, int64_t stride, const float* x,
+                                 const float* now, float* next, typename Vec::F* part) {
+    constexpr int64_t kTurns = R < kSteps ? R : kSteps;
+    constexpr int64_t kDecoded = R / kTurns, kMet = kSteps / kTurns;
+    static_assert(kDecoded * kTurns == R && kMet * kTurns == kSteps, "both are powers of two");
     // GCC would keep the codes in registers and shuffle them, which costs more than loads that repeat
+    asm volatile("" : : "r"(now), "r"(next) : "memory");
+    for (int64_t t = 0; t < kTurns; ++t) {
+      MUSUBI_UNROLL
+      for (int i = 0; i < kDecoded; ++i, codes += stride, next += kUnits) {
+        fetch<R>(codes, stride);
+        lanes.decode_whole(codes, next);
+      }
+      MUSUBI_UNROLL
+      for (int i = 0; i < kMet; ++i, x += Vec::W, now += G) step<R>(x, now, part);
+    }
+  }
+
+  // The `left` codes, fewer than kPiece, after the whole pieces of a block; gives where x goes on.
+  template <int R>
+  static MUSUBI_INLINE const float* tail(const Lanes& lanes, const uint8_t* codes, int64_t stride, int64_t left,
+                                         const float* x, typename Vec::F* part) {
+    // one vector more: a row's last one is written, and read, whole
+    alignas(64) float weights[R * kUnits + Vec::W];
+    for (int r = 0; r < R; ++r) {
+      fetch<R>(codes + r * stride, stride);
+      lanes.decode(codes + r * stride, left, weights + r * kUnits);
+    }
     asm volatile("" : : "r"(weights) : "memory");
-    const int64_t units = ((kWhole ? kPiece : left) + Lanes::kPerUnit - 1) / Lanes::kPerUnit;
+    const int64_t units = (left + Lanes::kPerUnit - 1) / Lanes::kPerUnit;
     for (int64_t u = 0; u < units; u += G, x += Vec::W) step<R>(x, weights + u, part);
     return x;
   }
@@ -165,7 +372,7 @@ class FewRows {
   static MUSUBI_INLINE void step(const float* x, const float* weights, typename Vec::F* part) {
     const auto lanes = Vec::load(x);
     MUSUBI_UNROLL
-    for (int r = 0; r < R; ++r) part[r] = Lanes::template multiply<G>(lanes, weights + r * kPiece, part[r]);
+    for (int r = 0; r < R; ++r) part[r] = Lanes::template multiply<G>(lanes, weights + r * kUnits, part[r]);
   }
 
   // sums [M][kRowsPerChunk] of outputs j0 .. j0 + jn, plus bias and low-rank tail, to out.

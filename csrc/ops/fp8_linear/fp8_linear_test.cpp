@@ -121,14 +121,46 @@ void one(const Case& c, uint64_t seed) {
   }
 }
 
+// Every code alone in its row, at places that are decoded in different ways, by few rows of x.
+void every_code(Isa isa, Format format, int64_t m, int64_t k, int64_t at) {
+  std::vector<uint8_t> codes(static_cast<size_t>(256 * k));
+  for (int64_t n = 0; n < 256; ++n) codes[static_cast<size_t>(n * k + at)] = static_cast<uint8_t>(n);
+  Numbers x(m * k, Dtype::bf16), out(m * 256, Dtype::f32), scale(1, Dtype::f32);
+  for (int64_t i = 0; i < x.count(); ++i) x.set(i, 1.0);
+  scale.set(0, 1.0);
+  musubi::LinearTask task;
+  task.x = {x.data(), m, k, k, Dtype::bf16};
+  task.w = {codes.data(), 256, k, k, scale.data(), 0, 0, k, Dtype::f32, format};
+  task.out = out.data();
+  task.out_dtype = Dtype::f32;
+  musubi::linear_kernel(isa)(task);
+  for (int64_t i = 0; i < out.count(); ++i) {
+    const double got = out.get(i), want = value_of(static_cast<uint8_t>(i % 256), format);
+    const bool same = std::isnan(want) ? std::isnan(got) : got == want;
+    EXPECT(same, "%s: M %d K %d format %d: code %d became %g", name_of(isa), static_cast<int>(m), static_cast<int>(k),
+           static_cast<int>(format), static_cast<int>(i % 256), got);
+  }
+}
+
 }  // namespace
 
 void test_linear() {
-  const int64_t sizes[][4] = {{1, 5, 64, 64},    {1, 67, 192, 32},  {3, 9, 7, 0},      {2, 130, 130, -1},
-                              {4, 33, 96, 48},   {5, 64, 128, 64},  {8, 70, 320, 0},   {9, 49, 256, 128},
-                              {16, 200, 65, -1}, {17, 24, 640, 64}, {33, 50, 100, 50}, {49, 193, 66, 33},
-                              {70, 97, 65, 0},   {97, 31, 576, 96}, {1, 1, 1, 0},      {64, 3, 3, -1},
-                              {0, 8, 64, 64},    {7, 0, 64, 64},    {6, 8, 0, 0}};
+  for (int i = 0; i < musubi::kIsaCount; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (!musubi::has(isa) || musubi::linear_kernel(isa) == nullptr) continue;
+    for (int64_t m : {1, 2, 4, 7, 16}) {
+      for (int64_t at = 0; at < 100; at += 9) {
+        every_code(isa, Format::e4m3, m, 100, at);
+        every_code(isa, Format::e5m2, m, 100, at);
+      }
+    }
+  }
+  const int64_t sizes[][4] = {
+      {1, 5, 64, 64},  {1, 67, 192, 32},  {3, 9, 7, 0},      {2, 130, 130, -1}, {4, 33, 96, 48},   {5, 64, 128, 64},
+      {8, 70, 320, 0}, {9, 49, 256, 128}, {16, 200, 65, -1}, {17, 24, 640, 64}, {33, 50, 100, 50}, {49, 193, 66, 33},
+      {70, 97, 65, 0}, {97, 31, 576, 96}, {1, 1, 1, 0},      {64, 3, 3, -1},    {0, 8, 64, 64},    {7, 0, 64, 64},
+      {6, 8, 0, 0},    {1, 19, 4544, 64}, {3, 9, 4544, 64},  {2, 12, 256, 128}, {1, 17, 320, 160}, {6, 25, 321, 0},
+      {1, 26, 321, 0}, {12, 15, 192, 96}, {15, 8, 64, 64}};
   uint64_t seed = 1;
   for (const auto& s : sizes) {
     for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {

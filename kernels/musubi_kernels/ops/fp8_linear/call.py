@@ -1,0 +1,56 @@
+"""A forward on CPU tensors as one call of the compiled module, which also allocates the result.
+
+`whole()` serves what `learn` was told of, where nothing watches calls and no gradient is wanted, and gives None
+otherwise. It reads tensors by torch's table of C functions for DLPack (torch 2.10 and newer); where that is missing,
+calls take the way through Python, with the same results.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from musubi_kernels import _eager, _native
+
+
+@functools.cache
+def _made() -> Any | None:
+    module, _ = _native.load()
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if module is None or exchange is None or _eager.WATCHERS is None:
+        return None
+    try:
+        return module.Call(
+            exchange,
+            (torch.Tensor, torch.nn.Parameter),
+            _eager.WATCHERS,
+            torch.is_grad_enabled,
+            torch.is_autocast_enabled,
+            torch.get_num_threads,
+            torch.Tensor.new_empty,
+        )
+    except ValueError:  # another major version of the table
+        return None
+
+
+def whole(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The product, or None where Python has to look at the call. Not to be traced by Dynamo."""
+    made = _made()
+    y: torch.Tensor | None = None if made is None else made.run(x, q, scale, bias)
+    return y
+
+
+def learn(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Let `whole` serve calls like this one, which the compiled module's forward serves."""
+    made = _made()
+    if made is not None:
+        made.learn(x, q, scale, bias, _native.isa())
+
+
+def forget() -> None:
+    """Let `whole` serve nothing until it has learnt again."""
+    made = _made()
+    if made is not None:
+        made.forget()
