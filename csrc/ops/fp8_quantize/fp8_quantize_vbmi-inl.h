@@ -43,8 +43,8 @@ struct Steps {
 
 struct LookUpBody : WideBody {
   template <Format kFormat>
-  static void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count, float scale,
-                         uint8_t* codes) {
+  static MUSUBI_INLINE void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count,
+                                       float scale, uint8_t* codes) {
     constexpr int kMantissaBits = kFormat == Format::e4m3 ? 3 : 2;
     // w below s 2^least may have a code that is no normal number
     constexpr int kLeast = kFormat == Format::e4m3 ? -5 : -13;
@@ -59,13 +59,13 @@ struct LookUpBody : WideBody {
     const __m512i one = _mm512_set1_epi16(static_cast<int16_t>(exponent << 7));
     const __m512i least_normal = _mm512_set1_epi16(static_cast<int16_t>((exponent + kLeast) << 7));
     const __m512i kept = byte(kFormat == Format::e4m3 ? 0xf8 : 0xfc), largest = byte(Numbers<kFormat>::largest_code);
-    const bool stream = streams(task.w.rows * task.w.cols) && reinterpret_cast<uintptr_t>(codes) % 64 == 0;
+    const bool stream = task.stream && reinterpret_cast<uintptr_t>(codes) % 64 == 0;
     const uint16_t* const from = static_cast<const uint16_t*>(row) + start;
     for (int64_t i = 0; i < whole; i += 64) {
       const __m512i w0 = _mm512_loadu_si512(from + i), w1 = _mm512_loadu_si512(from + i + 32);
       const __m512i a0 = _mm512_and_si512(w0, magnitude), a1 = _mm512_and_si512(w1, magnitude);
       if ((_mm512_cmplt_epu16_mask(a0, least_normal) | _mm512_cmplt_epu16_mask(a1, least_normal)) != 0) {
-        WideBody::encode_run<kFormat>(task, row, start + i, 64, scale, codes + i);
+        encode_by_floats<kFormat>(task, row, start + i, 64, scale, codes + i);
         continue;
       }
       const __m512i e0 = _mm512_srli_epi16(_mm512_sub_epi16(a0, one), 7 - kMantissaBits);
@@ -75,16 +75,20 @@ struct LookUpBody : WideBody {
       const __m512i size = _mm512_min_epu8(_mm512_add_epi8(exponents, step), largest);
       const __m512i signs = _mm512_permutex2var_epi8(w0, upper, w1);
       const __m512i done = _mm512_ternarylogic_epi32(size, signs, sign, 0xf8);
-      if (stream) {
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(codes + i), done);
-      } else {
-        _mm512_storeu_si512(codes + i, done);
-      }
+      put64(codes + i, done, stream);
     }
-    if (whole < count) WideBody::encode_run<kFormat>(task, row, start + whole, count - whole, scale, codes + whole);
+    if (whole < count) {
+      encode_by_floats<kFormat>(task, row, start + whole, count - whole, scale, codes + whole);
+    }
   }
 
  private:
+  template <Format kFormat>
+  static MUSUBI_NOINLINE void encode_by_floats(const QuantizeTask& task, const void* row, int64_t start, int64_t count,
+                                               float scale, uint8_t* codes) {
+    WideBody::encode_run<kFormat>(task, row, start, count, scale, codes);
+  }
+
   static __m512i byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 };
 
