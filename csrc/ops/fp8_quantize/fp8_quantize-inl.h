@@ -44,6 +44,19 @@ MUSUBI_INLINE void store_scales(const QuantizeTask& task, int64_t group, int cou
   }
 }
 
+// Asks for bytes that are read soon: encoding takes longer than looking for peaks and leaves memory idle. Bytes beyond
+// the weight are no harm.
+MUSUBI_INLINE void fetch(const void* base, int64_t offset, int64_t bytes) {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset);
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(start + static_cast<uintptr_t>(i)));
+  }
+}
+
+inline float scale_of(const Fp8Rows& w, int64_t row, int64_t block) {
+  return Vec::one(w.scale, w.scale_dtype, row * w.scale_row + block * w.scale_block);
+}
+
 // What an instruction set may do better; the plain way serves every one.
 struct PlainBody {
   // The bits of the largest magnitude among `count` weights from `start`, as a float; any NaN wins, then inf.
@@ -82,8 +95,30 @@ struct PlainBody {
     }
   }
 
-  // out[i .. i + count) of a row = codes * scale
-  static void run(const uint8_t* codes, int64_t count, float scale, Format format, char* out, Dtype dtype, bool) {
+  // The codes of `count` neighbouring groups of task.width weights from `start`; `codes` is the row's.
+  template <Format kFormat>
+  static void encode_groups(const QuantizeTask& task, const void* row, int64_t start, int count, const float* scales,
+                            uint8_t* codes) {
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = start + i * task.width;
+      encode_run<kFormat>(task, row, at, task.width, scales[i], codes + at);
+    }
+  }
+
+  // Weights k0 .. k1 of row n.
+  static void decode(const DequantizeTask& task, int64_t n, int64_t k0, int64_t k1) {
+    const Fp8Rows& w = task.w;
+    char* const out = static_cast<char*>(task.out) + n * w.cols * size_of(task.out_dtype);
+    for (int64_t k = k0, block = k0 / w.block; k < k1; ++block) {
+      const int64_t end = least(k1, (block + 1) * w.block);
+      run(w.codes + n * w.stride + k, end - k, scale_of(w, n, block), w.format, out + k * size_of(task.out_dtype),
+          task.out_dtype);
+      k = end;
+    }
+  }
+
+  // out[0 .. count) = codes * scale
+  static void run(const uint8_t* codes, int64_t count, float scale, Format format, char* out, Dtype dtype) {
     const auto factor = Vec::set1(scale);
     int64_t i = 0;
     for (; i + Vec::W <= count; i += Vec::W) {
@@ -110,12 +145,17 @@ inline const void* row_of(const Rows& w, int64_t row) {
   return static_cast<const char*>(w.data) + row * w.stride * size_of(w.dtype);
 }
 
-// The best scale of a group of task.width weights of a row from `start`.
+// Puts the best scales of `count` groups, of which `group` is the first, in place of their absmax scales.
 template <Format kFormat>
-MUSUBI_NOINLINE float found(const QuantizeTask& task, const void* row, int64_t start, float scale) {
-  Search<kFormat> search(task.scale_dtype, scale);
-  search.add(row, task.w.dtype, start, task.width);
-  return search.best();
+MUSUBI_NOINLINE void search_groups(const QuantizeTask& task, const void* row, int64_t start, int64_t group, int count,
+                                   float* scales) {
+  for (int i = 0; i < count; ++i) {
+    if (!(scales[i] > 0.0f)) continue;
+    Search<kFormat> search(task.scale_dtype, scales[i]);
+    search.add(row, task.w.dtype, start + i * task.width, task.width);
+    scales[i] = search.best();
+    Vec::put(task.scales, task.scale_dtype, group + i, scales[i]);
+  }
 }
 
 template <class Body, Format kFormat>
@@ -132,15 +172,8 @@ void quantize_groups(const QuantizeTask& task) {
         const int count = static_cast<int>(least(kTogether, per_row - g));
         Body::peaks(row, task.w.dtype, g * task.width, task.width, count, peaks);
         store_scales<kFormat>(task, r * per_row + g, count, peaks, floor, scales);
-        for (int i = 0; i < count; ++i) {
-          const int64_t start = (g + i) * task.width;
-          if (task.search && scales[i] > 0.0f) {
-            scales[i] = found<kFormat>(task, row, start, scales[i]);
-            Vec::put(task.scales, task.scale_dtype, r * per_row + g + i, scales[i]);
-          }
-          Body::template encode_run<kFormat>(task, row, start, task.width, scales[i],
-                                             task.codes + r * task.w.cols + start);
-        }
+        if (task.search) search_groups<kFormat>(task, row, g * task.width, r * per_row + g, count, scales);
+        Body::template encode_groups<kFormat>(task, row, g * task.width, count, scales, task.codes + r * task.w.cols);
       }
     }
     Body::done();
@@ -202,16 +235,7 @@ void dequantize_with(const DequantizeTask& task) {
   const int64_t chunks = (w.rows + rows - 1) / rows * per_row;
   parallel_chunks(chunks, task.threads, [&](int64_t chunk) {
     const int64_t first = chunk / per_row * rows, k0 = chunk % per_row * piece, k1 = least(w.cols, k0 + piece);
-    for (int64_t n = first; n < least(w.rows, first + rows); ++n) {
-      char* const out = static_cast<char*>(task.out) + n * w.cols * size_of(task.out_dtype);
-      for (int64_t k = k0; k < k1;) {
-        const int64_t end = least(k1, (k / w.block + 1) * w.block);
-        const float scale = Vec::one(w.scale, w.scale_dtype, n * w.scale_row + (k / w.block) * w.scale_block);
-        Body::run(w.codes + n * w.stride + k, end - k, scale, w.format, out + k * size_of(task.out_dtype),
-                  task.out_dtype, task.stream);
-        k = end;
-      }
-    }
+    for (int64_t n = first; n < least(w.rows, first + rows); ++n) Body::decode(task, n, k0, k1);
     Body::done();
   });
 }

@@ -37,21 +37,16 @@ struct WideBody {
   }
 
   template <Format kFormat>
-  static MUSUBI_INLINE void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count,
-                                       float scale, uint8_t* codes) {
-    const int64_t whole = scale == 0.0f ? 0 : count / 64 * 64;
-    const bool stream = task.stream && reinterpret_cast<uintptr_t>(codes) % 64 == 0;
-    const bool short_scale = task.scale_dtype != Dtype::f32;
-    if (task.w.dtype == Dtype::f32) {
-      encode_all<kFormat, Dtype::f32, false>(row, start, whole, scale, codes, stream);
-    } else if (task.w.dtype == Dtype::bf16) {
-      short_scale ? encode_all<kFormat, Dtype::bf16, true>(row, start, whole, scale, codes, stream)
-                  : encode_all<kFormat, Dtype::bf16, false>(row, start, whole, scale, codes, stream);
-    } else {
-      short_scale ? encode_all<kFormat, Dtype::f16, true>(row, start, whole, scale, codes, stream)
-                  : encode_all<kFormat, Dtype::f16, false>(row, start, whole, scale, codes, stream);
-    }
-    if (whole < count) PlainBody::encode_run<kFormat>(task, row, start + whole, count - whole, scale, codes + whole);
+  static void encode_groups(const QuantizeTask& task, const void* row, int64_t start, int count, const float* scales,
+                            uint8_t* codes) {
+    encode_as<kFormat>(task, row, start, task.width, count, scales, codes);
+  }
+
+  template <Format kFormat>
+  static void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count, float scale,
+                         uint8_t* codes) {
+    alignas(64) const float scales[kTogether] = {scale};
+    encode_as<kFormat>(task, row, start, count, 1, scales, codes - start);
   }
 
   static void done() { _mm_sfence(); }
@@ -130,28 +125,60 @@ struct WideBody {
                        larger<kFloats>(_mm512_shuffle_i32x4(v[0], v[1], 0x88), _mm512_shuffle_i32x4(v[0], v[1], 0xdd)));
   }
 
-  // kShort: weights and scale have at most 11 significant bits.
-  template <Format kFormat, Dtype kDtype, bool kShort>
-  static MUSUBI_INLINE void encode_all(const void* row, int64_t start, int64_t count, float scale, uint8_t* codes,
-                                       bool stream) {
-    const void* const from = static_cast<const char*>(row) + start * size_of(kDtype);
-    const __m512 divisor = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(1.0f / scale);
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    for (int64_t i = 0; i < count; i += 64) {
-      __m512i w[4], c[4];
-      MUSUBI_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const __m512 each = Vec::load_as(from, kDtype, i + 16 * j);
-        w[j] = _mm512_castps_si512(each);
-        c[j] = sizes<kFormat>(quotient<kShort>(each, divisor, inverse));
-      }
-      const __m512i sizes = _mm512_packus_epi16(_mm512_packus_epi32(c[0], c[1]), _mm512_packus_epi32(c[2], c[3]));
-      // signed packing keeps signs, and a corrected quotient has lost that of -0
-      const __m512i signs = _mm512_packs_epi16(_mm512_packs_epi32(w[0], w[1]), _mm512_packs_epi32(w[2], w[3]));
-      const __m512i shifted = _mm512_add_epi8(sizes, _mm512_set1_epi8(Numbers<kFormat>::code_offset));
-      const __m512i signed_codes = _mm512_ternarylogic_epi32(shifted, signs, _mm512_set1_epi8(-0x80), 0xf8);
-      put64(codes + i, _mm512_permutexvar_epi32(order, signed_codes), stream);
+  template <Format kFormat>
+  static MUSUBI_INLINE void encode_as(const QuantizeTask& task, const void* row, int64_t start, int64_t width,
+                                      int count, const float* scales, uint8_t* codes) {
+    const bool short_scale = task.scale_dtype != Dtype::f32;
+    if (task.w.dtype == Dtype::f32) {
+      encode_all<kFormat, Dtype::f32, false>(task, row, start, width, count, scales, codes);
+    } else if (task.w.dtype == Dtype::bf16) {
+      short_scale ? encode_all<kFormat, Dtype::bf16, true>(task, row, start, width, count, scales, codes)
+                  : encode_all<kFormat, Dtype::bf16, false>(task, row, start, width, count, scales, codes);
+    } else {
+      short_scale ? encode_all<kFormat, Dtype::f16, true>(task, row, start, width, count, scales, codes)
+                  : encode_all<kFormat, Dtype::f16, false>(task, row, start, width, count, scales, codes);
     }
+  }
+
+  // Groups of `width` weights from `start` of a row and of `codes`. kShort: weights and scales have at most 11
+  // significant bits.
+  template <Format kFormat, Dtype kDtype, bool kShort>
+  static MUSUBI_NOINLINE void encode_all(const QuantizeTask& task, const void* row, int64_t start, int64_t width,
+                                         int count, const float* scales, uint8_t* codes) {
+    constexpr int64_t kSize = kDtype == Dtype::f32 ? 4 : 2;
+    alignas(64) float inverses[kTogether];
+    for (int i = 0; i < kTogether; ++i) inverses[i] = 1.0f / scales[i];
+    const bool stream = task.stream && reinterpret_cast<uintptr_t>(codes + start) % 64 == 0 && width % 64 == 0;
+    for (int g = 0; g < count; ++g) {
+      const int64_t first = start + g * width, whole = scales[g] == 0.0f ? 0 : width / 64 * 64;
+      fetch(row, (first + kTogether * width) * kSize, width * kSize);
+      const __m512 divisor = _mm512_set1_ps(scales[g]), inverse = _mm512_set1_ps(inverses[g]);
+      for (int64_t i = first; i < first + whole; i += 64) {
+        put64(codes + i, codes_of<kFormat, kDtype, kShort>(row, i, divisor, inverse), stream);
+      }
+    }
+    for (int g = 0; g < count; ++g) {  // apart: a call empties all vector registers
+      const int64_t whole = scales[g] == 0.0f ? 0 : width / 64 * 64, first = start + g * width + whole;
+      if (whole < width) PlainBody::encode_run<kFormat>(task, row, first, width - whole, scales[g], codes + first);
+    }
+  }
+
+  // The codes of 64 weights from `start`.
+  template <Format kFormat, Dtype kDtype, bool kShort>
+  static MUSUBI_INLINE __m512i codes_of(const void* row, int64_t start, __m512 divisor, __m512 inverse) {
+    __m512i w[4], c[4];
+    MUSUBI_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const __m512 each = Vec::load_as(row, kDtype, start + 16 * j);
+      w[j] = _mm512_castps_si512(each);
+      c[j] = sizes<kFormat>(quotient<kShort>(each, divisor, inverse));
+    }
+    const __m512i sizes = _mm512_packus_epi16(_mm512_packus_epi32(c[0], c[1]), _mm512_packus_epi32(c[2], c[3]));
+    // signed packing keeps signs, and a corrected quotient has lost that of -0
+    const __m512i signs = _mm512_packs_epi16(_mm512_packs_epi32(w[0], w[1]), _mm512_packs_epi32(w[2], w[3]));
+    const __m512i shifted = _mm512_add_epi8(sizes, _mm512_set1_epi8(Numbers<kFormat>::code_offset));
+    const __m512i done = _mm512_ternarylogic_epi32(shifted, signs, _mm512_set1_epi8(-0x80), 0xf8);
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), done);
   }
 
   // w / s, rounded once as a division is, which takes several times as long. One correction by the remainder makes a
