@@ -7,8 +7,10 @@ cache holds, copying it, and arithmetic in registers (`arithmetic.cpp`, compiled
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import mmap
 import platform
 import shutil
 import subprocess
@@ -71,6 +73,26 @@ def rotating(calls: list[Call]) -> Call:
 def read(ones: torch.Tensor) -> None:
     """Reads bytes that are all 1 once, by libc's search for one that is 2."""
     _memchr(ones.data_ptr(), 2, ones.nbytes)
+
+
+def copied(source: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's copy by libc, which writes large ones past the caches; torch's own does not."""
+    target = torch.empty_like(source)
+    ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+    return target
+
+
+def fresh_copy(source: torch.Tensor) -> None:
+    """Copies a contiguous tensor into memory that the system has just made, with pages of 2 MiB where it has them: what
+    any operation must do whose result is new and too large for the allocator to have kept."""
+    size, page = source.nbytes, 2 << 20
+    pages = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without such pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    target = torch.frombuffer(pages, dtype=torch.uint8)
+    start = -target.data_ptr() % page
+    ctypes.memmove(target.data_ptr() + start, source.data_ptr(), size)
 
 
 def cache_bytes() -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import torch
 
 import cpu_gates as gates
-from cpu_clock import in_turn
+from cpu_clock import Call, copied, fresh_copy, in_turn
 from cpu_gates import Gate, Row, compared
 from cpu_peers import usual_weight
 from cpu_products import Weight
@@ -30,18 +30,33 @@ def quantise_row(w: torch.Tensor) -> Row:
         "clone": w.clone,
         "copy": lambda: target.copy_(w),
     }
-    times = in_turn(calls)
-    speed = (w.nbytes + q.nbytes + scale.nbytes) / times["ours"]
-    share = speed / (2 * w.nbytes / times["copy"])
+    times, most = moving(calls, q)
+    moved, copying = w.nbytes + q.nbytes + scale.nbytes, 2 * w.nbytes / times["copy"]
+    figures = speeds(moved, times, most, copying)
     kind = str(w.dtype).removeprefix("torch.")
     return compared(
         f"quantise {kind}",
         (w.shape[0], w.shape[1], 0),
         times,
         {"usual": gates.QUANTISE[kind]},
-        figures={"copy share": share, "GB/s": speed / 1e9},
-        extra=(Gate("copy share", share, gates.COPY_SHARE),),
+        least=gates.least_seconds(moved=moved, speed=most),
+        figures=figures,
+        extra=(Gate("copy share", figures["copy share"], gates.COPY_SHARE, possible=most / copying),),
     )
+
+
+def moving(calls: Mapping[str, Call], result: torch.Tensor) -> tuple[dict[str, float], float]:
+    """(times of the calls, bytes a second that the machine moves in the same turn into a new tensor of the result's
+    size): by the fastest of torch's copy and libc's into memory from the allocator, which may have kept it, and
+    libc's into fresh memory with large pages."""
+    bytes_ = result.view(torch.uint8)
+    ways = {
+        "clone result": bytes_.clone,
+        "copy result": lambda: copied(bytes_),
+        "fresh result": lambda: fresh_copy(bytes_),
+    }
+    times = in_turn({**calls, **ways})
+    return times, 2 * result.nbytes / min(times.pop(name) for name in ways)
 
 
 def usual_codes(w: torch.Tensor) -> object:
@@ -60,12 +75,19 @@ def dequantise_row(w: Weight) -> Row:
         "clone": w.dense.clone,
         "copy": lambda: target.copy_(w.dense),
     }
-    times = in_turn(calls)
+    times, most = moving(calls, w.dense)
     usual, clone = gates.DEQUANTISE
-    speed = (w.stored + w.dense.nbytes) / times["ours"]
-    share = speed / (2 * w.dense.nbytes / times["copy"])
-    figures = {"copy share": share, "GB/s": speed / 1e9}
-    return compared("dequantise", (*w.shape, 0), times, {"usual": usual, "clone": clone}, figures=figures)
+    moved = w.stored + w.dense.nbytes
+    figures = speeds(moved, times, most, 2 * w.dense.nbytes / times["copy"])
+    least = gates.least_seconds(moved=moved, speed=most)
+    return compared("dequantise", (*w.shape, 0), times, {"usual": usual, "clone": clone}, least=least, figures=figures)
+
+
+def speeds(moved: int, times: Mapping[str, float], most: float, copying: float) -> dict[str, float]:
+    """Bytes per second that ours moves, beside the most that is possible, and its share of a copy into memory that
+    exists."""
+    ours = moved / times["ours"]
+    return {"copy share": ours / copying, "GB/s": ours / 1e9, "GB/s possible": most / 1e9}
 
 
 def search_row(w: torch.Tensor) -> Row:
