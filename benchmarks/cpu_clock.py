@@ -167,8 +167,9 @@ def machine() -> str:
     return f"{model}, one thread, {isa}, torch {torch.__version__}, python {platform.python_version()}"
 
 
-def peak_bytes(call: Call) -> float:
-    """How far the resident set rises during `call`; NaN where the kernel does not tell.
+def peak_bytes(call: Call, *, warm: bool = False) -> float:
+    """How far the resident set rises during `call`, which runs once before unless it is `warm`; NaN where the kernel
+    does not tell.
 
     Memory that the allocator kept from earlier calls is given back first, or it would be used unseen.
     """
@@ -179,7 +180,8 @@ def peak_bytes(call: Call) -> float:
     def kilobytes(key: str) -> int:
         return int(next(line for line in status.read_text().splitlines() if line.startswith(key)).split()[1])
 
-    call()
+    if not warm:
+        call()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
