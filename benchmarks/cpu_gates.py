@@ -3,10 +3,12 @@
 The machine decides which table applies: that of AVX-512 with BF16 where the processor has it, otherwise the one row of
 AVX2. A ratio is the other's time over ours, so more is better.
 
-At the limit: with one row of x a product does nothing but read its weight, and FP8 with a scale per 64 has 33/64 of
-bf16's bytes. Where plain bf16 reads its weight at a share p of memory's speed (that of a read of the same bytes in the
-same turn), no FP8 product can be more than 64/33/p times as fast. A row whose gate lies beyond that is marked `limit`
-where ours reads at 85 % at least. It is counted apart from misses and from what holds.
+At the limit: a gate may ask for what this machine cannot do, whatever the kernel. Then reaching it would take more
+bytes a second than the machine itself moves in the same turn (a read of as many bytes, a copy into fresh memory), or
+more multiply-adds a second than it computes in registers. `least_seconds` is the time that the machine needs for the
+bytes and the arithmetic of a row, `possible` what the ratios would be in that time. A gate beyond that is the machine's
+limit if ours comes within 85 % of what is possible, and a miss otherwise. A row is marked `limit` where every gate that
+it does not reach is one of these; it is counted apart from misses and from what holds.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from musubi_kernels import _native
 Verdict = Literal["", "limit", "miss"]
 
 AT_THE_LIMIT: Final = 0.85
-BYTES_OVER_BF16: Final = 33 / 64
+"""Of what is possible, where a gate asks for more than that."""
 FORWARD: Final = {
     1: (75.0, 3.0),
     4: (40.0, 1.9),
@@ -54,18 +56,29 @@ CONTENDED: Final = 1.5
 
 @dataclass(frozen=True)
 class Gate:
-    """A figure and what it must reach: at least `wanted`, or at most where `most`."""
+    """A figure and what it must reach: at least `wanted`, or at most where `most`.
+
+    possible: the most that this machine allows, None where that is not known; not for a gate that asks for less.
+    """
 
     name: str
     value: float
     wanted: float
     most: bool = False
+    possible: float | None = None
 
-    def holds(self, factor: float) -> bool:
-        """Whether `factor` of the gate is reached; 0 asks for nothing."""
-        if self.most:
-            return factor == 0 or self.value * factor <= self.wanted
-        return self.value >= factor * self.wanted
+    def verdict(self, factor: float) -> Verdict:
+        """Whether `factor` of the gate is reached, or beyond the machine, or not; 0 asks for nothing."""
+        if factor == 0 or (self.value * factor <= self.wanted if self.most else self.value >= factor * self.wanted):
+            return ""
+        if self.possible is None or self.most or self.possible >= factor * self.wanted:
+            return "miss"
+        return "limit" if self.share >= AT_THE_LIMIT else "miss"
+
+    @property
+    def share(self) -> float:
+        """Of what is possible; 0 where that is not known."""
+        return self.value / self.possible if self.possible else 0.0
 
     def __str__(self) -> str:
         return f"{self.name} {self.value:.3g} ({'<=' if self.most else '>='} {self.wanted:.3g})"
@@ -85,13 +98,28 @@ class Row:
     figures: Mapping[str, float] = field(default_factory=dict)
 
     def verdict(self, factor: float) -> Verdict:
-        """Whether all gates hold, or all but the one that memory forbids, or not."""
-        missed = [gate for gate in self.gates if not gate.holds(factor)]
-        if not missed:
-            return ""
-        ours, plain = (self.figures.get(name, 0.0) for name in ("read share", "plain read share"))
-        beyond = [gate.name for gate in missed if factor * gate.wanted * plain * BYTES_OVER_BF16 > 1]
-        return "limit" if [gate.name for gate in missed] == beyond == ["x plain"] and ours >= AT_THE_LIMIT else "miss"
+        """Whether all gates hold, or all but those that the machine forbids, or not."""
+        found = {gate.verdict(factor) for gate in self.gates}
+        return "miss" if "miss" in found else "limit" if "limit" in found else ""
+
+    def beyond(self, factor: float) -> tuple[Gate, ...]:
+        """The gates that ask for more than the machine can do, whether ours comes near enough or not."""
+        return tuple(
+            gate
+            for gate in self.gates
+            if gate.verdict(factor) and gate.possible is not None and gate.possible < factor * gate.wanted
+        )
+
+
+def least_seconds(*, moved: float = 0.0, speed: float = 0.0, operations: float = 0.0, flops: float = 0.0) -> float:
+    """The time below which the machine can do no row: `moved` bytes at `speed` bytes a second, as measured in the same
+    turn, or `operations` at `flops` a second, whichever takes longer. A speed of 0 is not known and says nothing."""
+    return max(moved / speed if speed else 0.0, operations / flops if flops else 0.0)
+
+
+def possible(times: Mapping[str, float], least: float) -> dict[str, float]:
+    """The others' time over `least` seconds by name: what ours could reach at most. Nothing where `least` is 0."""
+    return {name: taken / least for name, taken in times.items() if name != "ours"} if least > 0 else {}
 
 
 def compared(
@@ -100,15 +128,24 @@ def compared(
     times: Mapping[str, float],
     wanted: Mapping[str, float],
     *,
+    least: float = 0.0,
     figures: Mapping[str, float] | None = None,
     extra: tuple[Gate, ...] = (),
 ) -> Row:
-    """The row of `times` in seconds; gates on the ratios that `wanted` names, 0.9 of them for ragged sizes."""
+    """The row of `times` in seconds; gates on the ratios that `wanted` names, 0.9 of them for ragged sizes.
+
+    least: what the machine needs for this row (`least_seconds`), 0 where that is not known.
+    """
     n, k, m = size
     ours = times["ours"]
     ratios = {name: taken / ours for name, taken in times.items() if name != "ours"}
     ease = 1.0 if k % 64 == 0 else 0.9
-    gates = tuple(Gate(f"x {name}", ratios[name], least * ease) for name, least in wanted.items() if least)
+    most = possible(times, least)
+    gates = tuple(
+        Gate(f"x {name}", ratios[name], asked * ease, possible=most.get(name))
+        for name, asked in wanted.items()
+        if asked
+    )
     return Row(what, n, k, m, ours * 1e3, ratios, gates + extra, figures or {})
 
 

@@ -86,7 +86,7 @@ def forward_row(w: Weight, m: int, limits: Limits) -> Row:
     if m == 1:
         calls |= readers(w.q.nbytes, "q") | readers(w.dense.nbytes, "dense")
         times, shares = reading(in_turn(calls), w)
-        row = compared("forward", size, times, wanted, figures=shares)
+        row = compared("forward", size, times, wanted, least=shares["read share"] * times["ours"], figures=shares)
     else:
         times = in_turn(calls)
         share = 2.0 * m * w.shape[0] * w.shape[1] / times["ours"] / limits.flops if limits.flops else 0.0

@@ -21,7 +21,7 @@ def table(rows: Sequence[Row], factor: float) -> str:
         cells = [row.what, f"{row.n} x {row.k}", str(row.m or ""), f"{row.milliseconds:.3g}" if row.ratios else ""]
         for name in IN_COLUMNS:
             cells += [f"{row.ratios[name]:.2f}" if name in row.ratios else "", _wanted(gates.get(name))]
-        cells += [", ".join(_besides(row)), row.verdict(factor)]
+        cells += [", ".join((*_besides(row), *_possible(row, factor))), row.verdict(factor)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -36,6 +36,12 @@ def _besides(row: Row) -> Iterable[str]:
     for name, value in row.figures.items():
         if name not in gated:
             yield f"{name} {value:.3g}"
+
+
+def _possible(row: Row, factor: float) -> Iterable[str]:
+    """What the machine allows where a gate asks for more, and how much of that is reached."""
+    for gate in row.beyond(factor):
+        yield f"{gate.name} {gate.possible:.3g} possible, {gate.share:.0%} of it"
 
 
 def peer_table(rows: Sequence[Row], errors: Mapping[str, float], absent: Mapping[str, str]) -> str:

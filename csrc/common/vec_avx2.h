@@ -33,6 +33,18 @@ struct Vec {
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   // The largest power of two that is not above |a|.
   static F power_of(F a) { return _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000))); }
+  // The nearest number with kBits fewer bits of mantissa, halves away from zero.
+  template <int kBits>
+  static F shortened(F a) {
+    const __m256i lifted = _mm256_add_epi32(_mm256_castps_si256(a), _mm256_set1_epi32(1 << (kBits - 1)));
+    return _mm256_castsi256_ps(_mm256_and_si256(lifted, _mm256_set1_epi32(-(1 << kBits))));
+  }
+  // Whether the magnitude of some lane is below `limit` and not zero.
+  static bool any_below(F a, F limit) {
+    const F size = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a);
+    const F some = _mm256_and_ps(_mm256_cmp_ps(size, limit, _CMP_LT_OQ), _mm256_cmp_ps(size, zero(), _CMP_NEQ_OQ));
+    return _mm256_movemask_ps(some) != 0;
+  }
   static float sum(F a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

@@ -37,6 +37,18 @@ struct Vec {
   static F power_of(F a) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_set1_epi32(0x7f800000)));
   }
+  // The nearest number with kBits fewer bits of mantissa, halves away from zero.
+  template <int kBits>
+  static F shortened(F a) {
+    const __m512i lifted = _mm512_add_epi32(_mm512_castps_si512(a), _mm512_set1_epi32(1 << (kBits - 1)));
+    return _mm512_castsi512_ps(_mm512_and_si512(lifted, _mm512_set1_epi32(-(1 << kBits))));
+  }
+  // Whether the magnitude of some lane is below `limit` and not zero.
+  static bool any_below(F a, F limit) {
+    const F size = _mm512_abs_ps(a);
+    const __mmask16 below = _mm512_cmp_ps_mask(size, limit, _CMP_LT_OQ);
+    return _mm512_mask_cmp_ps_mask(below, size, zero(), _CMP_NEQ_OQ) != 0;
+  }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
 
   static void transpose(F* r) {

@@ -104,6 +104,23 @@ struct Vec {
     for (int i = 0; i < W; ++i) a.lane[i] = bits_to_float(float_to_bits(a.lane[i]) & 0x7f800000u);
     return a;
   }
+  // The nearest number with kBits fewer bits of mantissa, halves away from zero.
+  template <int kBits>
+  static F shortened(F a) {
+    for (int i = 0; i < W; ++i) {
+      a.lane[i] = bits_to_float((float_to_bits(a.lane[i]) + (1u << (kBits - 1))) & ~((1u << kBits) - 1u));
+    }
+    return a;
+  }
+  // Whether the magnitude of some lane is below `limit` and not zero.
+  static bool any_below(F a, F limit) {
+    bool any = false;
+    for (int i = 0; i < W; ++i) {
+      const float size = a.lane[i] < 0.0f ? -a.lane[i] : a.lane[i];
+      any |= size < limit.lane[i] && size != 0.0f;
+    }
+    return any;
+  }
   static float sum(F a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
   static void transpose(F* r) {
     for (int i = 0; i < W; ++i) {

@@ -38,29 +38,45 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return turns
 
 
-def row(*gates: Gate, **figures: float) -> Row:
-    names = {name.replace("_", " "): value for name, value in figures.items()}
-    return Row("forward", 64, 64, 1, 1.0, {"usual": 80.0, "plain": 2.0}, gates, names)
+def row(*gates: Gate) -> Row:
+    return Row("forward", 64, 64, 1, 1.0, {"usual": 80.0, "plain": 2.0}, gates)
 
 
-def test_only_the_gate_that_memory_forbids_is_excused() -> None:
-    usual, plain = Gate("x usual", 80.0, 75.0), Gate("x plain", 2.0, 3.0)
-    fast = {"read_share": 0.9, "plain_read_share": 0.9}
-    assert row(usual, plain, **fast).verdict(1.0) == "limit"
-    assert row(usual, plain, **fast).verdict(0.5) == ""
-    assert row(usual, plain, **{**fast, "read_share": 0.8}).verdict(1.0) == "miss"
-    assert row(usual, plain, **{**fast, "plain_read_share": 0.65}).verdict(1.0) == "limit", "64/33/0.65 is 2.98"
-    assert row(usual, plain, **{**fast, "plain_read_share": 0.64}).verdict(1.0) == "miss", "64/33/0.64 is 3.03"
-    assert row(Gate("x usual", 70.0, 75.0), plain, **fast).verdict(1.0) == "miss"
-    assert row(usual, plain).verdict(1.0) == "miss"
+def test_only_a_gate_beyond_the_machine_is_excused_and_only_near_what_is_possible() -> None:
+    usual = Gate("x usual", 80.0, 75.0, possible=90.0)
+    assert row(usual, Gate("x plain", 2.0, 3.0, possible=2.3)).verdict(1.0) == "limit"
+    assert row(usual, Gate("x plain", 2.0, 3.0, possible=1.9)).verdict(1.0) == "limit", "faster than was possible"
+    assert row(usual, Gate("x plain", 2.0, 3.0, possible=2.4)).verdict(1.0) == "miss", "83 % of what is possible"
+    assert row(usual, Gate("x plain", 2.9, 3.0, possible=3.1)).verdict(1.0) == "miss", "the machine can do it"
+    assert row(usual, Gate("x plain", 2.0, 3.0)).verdict(1.0) == "miss", "nothing is known"
+    assert row(usual, Gate("x plain", 2.0, 3.0, possible=2.3)).verdict(0.5) == ""
+    assert row(usual, Gate("x plain", 1.2, 3.0, possible=1.3)).verdict(0.5) == "limit", "half is too much, too"
+    assert row(Gate("x usual", 70.0, 75.0), Gate("x plain", 2.0, 3.0, possible=2.3)).verdict(1.0) == "miss"
+    assert row(Gate("added", 2.0, 1.0, most=True, possible=1.9)).verdict(1.0) == "miss"
+
+
+def test_the_machine_needs_the_longer_of_moving_and_computing() -> None:
+    work = {"moved": 6e9, "operations": 8e11}
+    assert cpu_gates.least_seconds(**work, speed=12e9, flops=1e12) == 0.8
+    assert cpu_gates.least_seconds(**work, speed=6e9, flops=1e12) == 1.0
+    assert cpu_gates.least_seconds(**work, speed=12e9) == 0.5
+    assert cpu_gates.least_seconds(**work) == 0.0
+    times = {"ours": 0.5, "usual": 6.0, "plain": 1.0}
+    assert cpu_gates.possible(times, 0.4) == {"usual": 15.0, "plain": 2.5}
+    assert cpu_gates.possible(times, 0.0) == {}
+    wanted = {"usual": 20.0, "plain": 1.8}
+    assert cpu_gates.compared("forward", (64, 64, 1), times, wanted).verdict(1.0) == "miss"
+    limit = cpu_gates.compared("forward", (64, 64, 1), times, wanted, least=0.45)
+    assert limit.verdict(1.0) == "limit", "12 of 13.3 times usual, and 2 times plain"
+    assert "x usual 13.3 possible, 90% of it | limit |" in cpu_report.table([limit], 1.0)
 
 
 def test_a_gate_may_ask_for_less() -> None:
     gate = Gate("added", 0.04, 0.03, most=True)
-    assert not gate.holds(1.0)
-    assert gate.holds(0.5)
-    assert Gate("scratch MB", 16.0, 16.0, most=True).holds(1.0)
-    assert Gate("x plain", 0.0, 3.0).holds(0.0)
+    assert gate.verdict(1.0) == "miss"
+    assert gate.verdict(0.5) == ""
+    assert Gate("scratch MB", 16.0, 16.0, most=True).verdict(1.0) == ""
+    assert Gate("x plain", 0.0, 3.0).verdict(0.0) == ""
 
 
 def test_ragged_sizes_are_asked_for_nine_tenths() -> None:

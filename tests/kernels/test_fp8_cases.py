@@ -122,6 +122,44 @@ def test_an_empty_weight_has_empty_codes(body: str) -> None:
     assert dequantize_fp8(q, scale).shape == (0, 64)
 
 
+@pytest.mark.parametrize("mode", ["block", "channel", "tensor"])
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
+def test_what_is_given_to_fill_is_filled(body: str, mode: str, scale_dtype: torch.dtype) -> None:
+    w = torch.randn(7, 192, generator=torch.Generator().manual_seed(3)).bfloat16()
+    for search in (None, "mse"):
+        q, scale = quantize_fp8(w, mode=mode, scale_dtype=scale_dtype, search=search)
+        # rows in the middle of a larger weight, whose neighbours must stay
+        codes = torch.full((9, 192), 0x11, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        scales = torch.full((9, *scale.shape[1:]) if scale.ndim else (), -1.0, dtype=scale_dtype)
+        out = codes[1:8], scales[1:8] if scale.ndim else scales
+        given = quantize_fp8(w, mode=mode, search=search, out=out)
+        assert given[0].data_ptr() == out[0].data_ptr()
+        assert given[1].data_ptr() == out[1].data_ptr()
+        assert torch.equal(out[0].view(torch.uint8), q.view(torch.uint8))
+        assert torch.equal(out[1], scale)
+        assert (codes.view(torch.uint8)[[0, 8]] == 0x11).all()
+        assert not scale.ndim or (scales[[0, 8]] == -1).all()
+
+
+def test_what_cannot_be_filled_is_refused(body: str) -> None:
+    w = torch.ones(4, 128)
+    q, scale = quantize_fp8(w)
+    with pytest.raises(ValueError, match=r"out's q is torch.float8_e4m3fn \[2, 128\] on cpu: .* \[4, 128\] on cpu"):
+        quantize_fp8(w, out=(q[:2], scale))
+    with pytest.raises(ValueError, match=r"out's q is .*not contiguous"):
+        quantize_fp8(w, out=(torch.empty(4, 256, dtype=q.dtype)[:, :128], scale))
+    with pytest.raises(ValueError, match=r"out's scale is torch.float32 .* contiguous torch.bfloat16"):
+        quantize_fp8(w, scale_dtype=torch.bfloat16, out=(q, scale))
+    with pytest.raises(ValueError, match=r"out's q is torch.float8_e4m3fn .* contiguous torch.float8_e5m2"):
+        quantize_fp8(w, fmt="e5m2", out=(q, scale))
+    tiny = torch.full((4, 128), 1e-6, dtype=torch.float16)  # scales that float16 cannot hold
+    with pytest.raises(ValueError, match=r"out's scale is torch.float16 .* contiguous torch.float32"):
+        quantize_fp8(tiny, out=(q, scale.half()))
+    w[1, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"holds nan at \[1, 5\]"):
+        quantize_fp8(w, out=(q, scale))
+
+
 def test_a_transposed_view_quantises_like_its_copy(fp8_cases: Fp8Cases, body: str) -> None:
     rows = [row for row in fp8_cases.rows if row["name"].startswith("non contiguous")]
     assert [row["mode"] for row in rows if "error" in row] == ["tensor"]

@@ -16,6 +16,7 @@ struct QuantizeTask {
   bool search = false;       // least squared error over factors of the absmax scale
   uint8_t* codes = nullptr;  // contiguous
   void* scales = nullptr;    // contiguous, one per group, of scale_dtype
+  bool stream = false;       // write codes past the caches, see pages.h
   int threads = 1;
 };
 
@@ -23,6 +24,7 @@ struct DequantizeTask {
   Fp8Rows w;
   void* out = nullptr;  // contiguous
   Dtype out_dtype = Dtype::f32;
+  bool stream = false;  // as above
   int threads = 1;
 };
 

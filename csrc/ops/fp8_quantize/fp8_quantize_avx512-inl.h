@@ -5,79 +5,207 @@ namespace musubi {
 namespace MUSUBI_ISA {
 namespace {
 
+MUSUBI_INLINE void put64(uint8_t* to, __m512i bytes, bool stream) {
+  if (stream) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bytes);
+  } else {
+    _mm512_storeu_si512(to, bytes);
+  }
+}
+
 struct WideBody {
   static uint32_t peak_bits(const void* from, Dtype dtype, int64_t start, int64_t count) {
-    const int64_t step = dtype == Dtype::f32 ? 16 : 32;
-    if (count % step != 0) return PlainBody::peak_bits(from, dtype, start, count);
-    const char* p = static_cast<const char*>(from) + start * size_of(dtype);
-    const char* const end = p + count * size_of(dtype);
-    __m512i peak = _mm512_setzero_si512();
-    if (dtype == Dtype::f32) {
-      const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-      for (; p < end; p += 64) peak = _mm512_max_epu32(peak, _mm512_and_si512(_mm512_loadu_si512(p), magnitude));
-      return _mm512_reduce_max_epu32(peak);
-    }
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
-    for (; p < end; p += 64) peak = _mm512_max_epu16(peak, _mm512_and_si512(_mm512_loadu_si512(p), magnitude));
-    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(peak), _mm512_extracti64x4_epi64(peak, 1));
+    if (count % step_of(dtype) != 0) return PlainBody::peak_bits(from, dtype, start, count);
+    const char* const p = static_cast<const char*>(from) + start * size_of(dtype);
+    if (dtype == Dtype::f32) return _mm512_reduce_max_epu32(peak<Dtype::f32>(p, 4 * count));
+    const __m512i words = peak<Dtype::bf16>(p, 2 * count);
+    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1));
     const __m128i eight = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
     const __m128i least_of_others = _mm_minpos_epu16(_mm_xor_si128(eight, _mm_set1_epi16(-1)));
     const uint16_t largest = static_cast<uint16_t>(~_mm_cvtsi128_si32(least_of_others));
     return bits_of(Vec::one(&largest, dtype, 0));
   }
 
+  static MUSUBI_INLINE void peaks(const void* from, Dtype dtype, int64_t start, int64_t width, int count,
+                                  uint32_t* out) {
+    if (count < kTogether || width % step_of(dtype) != 0) {
+      for (int i = 0; i < count; ++i) out[i] = peak_bits(from, dtype, start + i * width, width);
+      return;
+    }
+    const char* const p = static_cast<const char*>(from) + start * size_of(dtype);
+    dtype == Dtype::f32 ? peaks_of_floats(p, 4 * width, out) : peaks_of_halves(p, 2 * width, dtype, out);
+  }
+
+  template <Format kFormat>
+  static void encode_groups(const QuantizeTask& task, const void* row, int64_t start, int count, const float* scales,
+                            uint8_t* codes) {
+    encode_as<kFormat>(task, row, start, task.width, count, scales, codes);
+  }
+
   template <Format kFormat>
   static void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count, float scale,
                          uint8_t* codes) {
-    const int64_t whole = scale == 0.0f ? 0 : count / 64 * 64;
-    const void* const from = static_cast<const char*>(row) + start * size_of(task.w.dtype);
-    const bool stream = streams(task.w.rows * task.w.cols) && reinterpret_cast<uintptr_t>(codes) % 64 == 0;
-    const __m512 divisor = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(1.0f / scale);
-    const bool narrow = task.w.dtype != Dtype::f32 && task.scale_dtype != Dtype::f32;
-    for (int64_t i = 0; i < whole; i += 64) {
-      __m512i c[4];
-      MUSUBI_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const __m512 w = Vec::load_as(from, task.w.dtype, i + 16 * j);
-        c[j] = codes_of<kFormat>(narrow ? quotient(w, divisor, inverse) : _mm512_div_ps(w, divisor), w);
-      }
-      const __m512i packed = _mm512_packus_epi16(_mm512_packus_epi32(c[0], c[1]), _mm512_packus_epi32(c[2], c[3]));
-      const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-      const __m512i in_order = _mm512_permutexvar_epi32(order, packed);
-      if (stream) {
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(codes + i), in_order);
-      } else {
-        _mm512_storeu_si512(codes + i, in_order);
-      }
-    }
-    if (whole < count) PlainBody::encode_run<kFormat>(task, row, start + whole, count - whole, scale, codes + whole);
+    alignas(64) const float scales[kTogether] = {scale};
+    encode_as<kFormat>(task, row, start, count, 1, scales, codes - start);
   }
 
   static void done() { _mm_sfence(); }
 
  private:
-  // w / s, rounded once as a division is. With at most 11 significant bits in both, the remainder w - q s is exact and
-  // w / s is at least 2^-11 of a last place away from the middle of two floats, so one correction is enough; a division
-  // takes seven times as long.
-  static __m512 quotient(__m512 w, __m512 s, __m512 inverse) {
-    const __m512 q = _mm512_mul_ps(w, inverse);
-    return _mm512_fmadd_ps(_mm512_fnmadd_ps(q, s, w), inverse, q);
+  static int64_t step_of(Dtype dtype) { return dtype == Dtype::f32 ? 16 : 32; }
+
+  template <Dtype kDtype>
+  static MUSUBI_INLINE __m512i larger(__m512i a, __m512i b) {
+    return kDtype == Dtype::f32 ? _mm512_max_epu32(a, b) : _mm512_max_epu16(a, b);
   }
 
-  // The codes of quotients with the signs of the weights: correcting a quotient of -0 has made it 0.
+  // The largest magnitudes of `bytes` bytes, lane by lane. bf16 and float16 are alike here.
+  template <Dtype kDtype>
+  static MUSUBI_INLINE __m512i peak(const char* p, int64_t bytes) {
+    const __m512i magnitude = kDtype == Dtype::f32 ? _mm512_set1_epi32(0x7fffffff) : _mm512_set1_epi16(0x7fff);
+    __m512i all = _mm512_and_si512(_mm512_loadu_si512(p), magnitude);
+    for (int64_t i = 64; i < bytes; i += 64) {
+      all = larger<kDtype>(all, _mm512_and_si512(_mm512_loadu_si512(p + i), magnitude));
+    }
+    return all;
+  }
+
+  // Sixteen groups at once: neighbouring vectors are laid into each other, halving their number, until each lane holds
+  // a group of its own.
+  static MUSUBI_INLINE void peaks_of_halves(const char* p, int64_t bytes, Dtype dtype, uint32_t* out) {
+    constexpr Dtype kWords = Dtype::bf16;
+    __m512i v[16];
+    MUSUBI_UNROLL
+    for (int i = 0; i < 16; ++i) v[i] = peak<kWords>(p + i * bytes, bytes);
+    MUSUBI_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      v[i] =
+          larger<kWords>(_mm512_unpacklo_epi16(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi16(v[2 * i], v[2 * i + 1]));
+    }
+    MUSUBI_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      v[i] =
+          larger<kWords>(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    }
+    MUSUBI_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      v[i] =
+          larger<kWords>(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
+    }
+    const __m512i quarters =
+        larger<kWords>(_mm512_shuffle_i32x4(v[0], v[1], 0x44), _mm512_shuffle_i32x4(v[0], v[1], 0xee));
+    const __m512i both = larger<kWords>(quarters, _mm512_shuffle_i32x4(quarters, quarters, 0xb1));
+    const __m256i words = _mm512_castsi512_si256(_mm512_shuffle_i32x4(both, both, 0x08));
+    const __m512i floats = dtype == Dtype::f16 ? _mm512_castps_si512(_mm512_cvtph_ps(words))
+                                               : _mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
+    _mm512_store_si512(out, floats);
+  }
+
+  static MUSUBI_INLINE void peaks_of_floats(const char* p, int64_t bytes, uint32_t* out) {
+    constexpr Dtype kFloats = Dtype::f32;
+    __m512i v[16];
+    MUSUBI_UNROLL
+    for (int i = 0; i < 16; ++i) v[i] = peak<kFloats>(p + i * bytes, bytes);
+    MUSUBI_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      v[i] =
+          larger<kFloats>(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    }
+    MUSUBI_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      v[i] =
+          larger<kFloats>(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
+    }
+    MUSUBI_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      v[i] = larger<kFloats>(_mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0x44),
+                             _mm512_shuffle_i32x4(v[2 * i], v[2 * i + 1], 0xee));
+    }
+    _mm512_store_si512(out,
+                       larger<kFloats>(_mm512_shuffle_i32x4(v[0], v[1], 0x88), _mm512_shuffle_i32x4(v[0], v[1], 0xdd)));
+  }
+
   template <Format kFormat>
-  static __m512i codes_of(__m512 value, __m512 w) {
+  static MUSUBI_INLINE void encode_as(const QuantizeTask& task, const void* row, int64_t start, int64_t width,
+                                      int count, const float* scales, uint8_t* codes) {
+    const bool short_scale = task.scale_dtype != Dtype::f32;
+    if (task.w.dtype == Dtype::f32) {
+      encode_all<kFormat, Dtype::f32, false>(task, row, start, width, count, scales, codes);
+    } else if (task.w.dtype == Dtype::bf16) {
+      short_scale ? encode_all<kFormat, Dtype::bf16, true>(task, row, start, width, count, scales, codes)
+                  : encode_all<kFormat, Dtype::bf16, false>(task, row, start, width, count, scales, codes);
+    } else {
+      short_scale ? encode_all<kFormat, Dtype::f16, true>(task, row, start, width, count, scales, codes)
+                  : encode_all<kFormat, Dtype::f16, false>(task, row, start, width, count, scales, codes);
+    }
+  }
+
+  // Groups of `width` weights from `start` of a row and of `codes`. kShort: weights and scales have at most 11
+  // significant bits.
+  template <Format kFormat, Dtype kDtype, bool kShort>
+  static MUSUBI_NOINLINE void encode_all(const QuantizeTask& task, const void* row, int64_t start, int64_t width,
+                                         int count, const float* scales, uint8_t* codes) {
+    constexpr int64_t kSize = kDtype == Dtype::f32 ? 4 : 2;
+    alignas(64) float inverses[kTogether];
+    for (int i = 0; i < kTogether; ++i) inverses[i] = 1.0f / scales[i];
+    const bool stream = task.stream && reinterpret_cast<uintptr_t>(codes + start) % 64 == 0 && width % 64 == 0;
+    for (int g = 0; g < count; ++g) {
+      const int64_t first = start + g * width, whole = scales[g] == 0.0f ? 0 : width / 64 * 64;
+      fetch(row, (first + kTogether * width) * kSize, width * kSize);
+      const __m512 divisor = _mm512_set1_ps(scales[g]), inverse = _mm512_set1_ps(inverses[g]);
+      for (int64_t i = first; i < first + whole; i += 64) {
+        put64(codes + i, codes_of<kFormat, kDtype, kShort>(row, i, divisor, inverse), stream);
+      }
+    }
+    for (int g = 0; g < count; ++g) {  // apart: a call empties all vector registers
+      const int64_t whole = scales[g] == 0.0f ? 0 : width / 64 * 64, first = start + g * width + whole;
+      if (whole < width) PlainBody::encode_run<kFormat>(task, row, first, width - whole, scales[g], codes + first);
+    }
+  }
+
+  // The codes of 64 weights from `start`.
+  template <Format kFormat, Dtype kDtype, bool kShort>
+  static MUSUBI_INLINE __m512i codes_of(const void* row, int64_t start, __m512 divisor, __m512 inverse) {
+    __m512i w[4], c[4];
+    MUSUBI_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const __m512 each = Vec::load_as(row, kDtype, start + 16 * j);
+      w[j] = _mm512_castps_si512(each);
+      c[j] = sizes<kFormat>(quotient<kShort>(each, divisor, inverse));
+    }
+    const __m512i sizes = _mm512_packus_epi16(_mm512_packus_epi32(c[0], c[1]), _mm512_packus_epi32(c[2], c[3]));
+    // signed packing keeps signs, and a corrected quotient has lost that of -0
+    const __m512i signs = _mm512_packs_epi16(_mm512_packs_epi32(w[0], w[1]), _mm512_packs_epi32(w[2], w[3]));
+    const __m512i shifted = _mm512_add_epi8(sizes, _mm512_set1_epi8(Numbers<kFormat>::code_offset));
+    const __m512i done = _mm512_ternarylogic_epi32(shifted, signs, _mm512_set1_epi8(-0x80), 0xf8);
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), done);
+  }
+
+  // w / s, rounded once as a division is, which takes several times as long. One correction by the remainder makes a
+  // quotient that is off by less than a last place; the second is exact then and decides the rounding (Markstein 1990,
+  // for a correctly rounded inverse). With at most 11 significant bits in both, w / s is at least 2^-11 of a last place
+  // away from the middle of two floats, so that the first is enough. Where a remainder is too small for a float, so is
+  // the quotient for any code but zero.
+  template <bool kShort>
+  static MUSUBI_INLINE __m512 quotient(__m512 w, __m512 s, __m512 inverse) {
+    const __m512 q = _mm512_mul_ps(w, inverse);
+    const __m512 closer = _mm512_fmadd_ps(_mm512_fnmadd_ps(q, s, w), inverse, q);
+    if (kShort) return closer;
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(closer, s, w), inverse, closer);
+  }
+
+  // The codes without signs of quotients, less Numbers::code_offset and modulo 256. Adding 2^shift times the power of
+  // two below a number rounds it to the format's mantissa, and leaves how many steps that is in the low bits.
+  template <Format kFormat>
+  static MUSUBI_INLINE __m512i sizes(__m512 value) {
     using N = Numbers<kFormat>;
     const auto all = [](uint32_t bits) { return _mm512_set1_epi32(static_cast<int>(bits)); };
     const __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(value), all(0x7fffffffu));
     const __m512i a = _mm512_min_epu32(magnitude, all(N::largest));
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(a, N::shift), all(1));
-    const __m512i lifted = _mm512_add_epi32(_mm512_add_epi32(a, all((1u << (N::shift - 1)) - 1)), odd);
-    const __m512i rounded = _mm512_sub_epi32(_mm512_srli_epi32(lifted, N::shift), all(N::offset));
-    const __m512 shifted = _mm512_add_ps(_mm512_castsi512_ps(a), _mm512_set1_ps(N::step_value));
-    const __m512i counted = _mm512_sub_epi32(_mm512_castps_si512(shifted), all(N::step));
-    const __m512i size = _mm512_mask_mov_epi32(rounded, _mm512_cmplt_epu32_mask(a, all(N::normal)), counted);
-    return _mm512_ternarylogic_epi32(size, _mm512_srli_epi32(_mm512_castps_si512(w), 24), all(0x80), 0xf8);
+    const __m512i power = _mm512_max_epu32(_mm512_and_si512(a, all(0x7f800000u)), all(N::normal));
+    const __m512 lift = _mm512_castsi512_ps(_mm512_add_epi32(power, all(N::shift << 23)));
+    const __m512i steps = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(a), lift));
+    return _mm512_and_si512(_mm512_add_epi32(steps, _mm512_srli_epi32(power, N::shift)), all(0xff));
   }
 };
 

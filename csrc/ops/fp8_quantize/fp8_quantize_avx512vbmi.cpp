@@ -1,9 +1,6 @@
 // The avx512vbmi build of quantise and dequantise.
 #define MUSUBI_ISA avx512vbmi
-// clang-format off: the decoder is written over the vector
 #include "common/vec_avx512.h"
-#include "common/decode_vbmi.h"
-// clang-format on
 #include "ops/fp8_quantize/fp8_quantize_vbmi-inl.h"
 
 namespace musubi {

@@ -23,6 +23,7 @@ void quantize(int64_t isa, int64_t threads, int64_t w, int64_t rows, int64_t col
   const QuantizeKernel kernel = quantize_kernel(isa_of(isa));
   pybind11::gil_scoped_release release;
   prepare_pages(task.codes, rows * cols);
+  task.stream = better_streamed(task.codes, rows * cols);
   kernel(task);
 }
 
@@ -37,6 +38,7 @@ void dequantize(int64_t isa, int64_t threads, int64_t codes, int64_t rows, int64
   const DequantizeKernel kernel = dequantize_kernel(isa_of(isa));
   pybind11::gil_scoped_release release;
   prepare_pages(task.out, rows * cols * size_of(task.out_dtype));
+  task.stream = better_streamed(task.out, rows * cols * size_of(task.out_dtype));
   kernel(task);
 }
 

@@ -2,6 +2,7 @@
 #include "ops/fp8_quantize/fp8_quantize.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "testing.h"
 
@@ -11,6 +12,17 @@ namespace {
 using musubi::Dtype;
 using musubi::Format;
 using musubi::Isa;
+
+bool is_nan(const void* at, Dtype dtype) {
+  if (dtype == Dtype::f32) {
+    float value;
+    std::memcpy(&value, at, 4);
+    return std::isnan(value);
+  }
+  uint16_t bits;
+  std::memcpy(&bits, at, 2);
+  return (bits & 0x7fff) > (dtype == Dtype::bf16 ? 0x7f80 : 0x7c00);
+}
 
 template <class Body>
 void on_every_isa(const Body& body) {
@@ -85,6 +97,105 @@ void codes_are_nearest(Format format, int64_t rows, int64_t cols, int64_t width)
   });
 }
 
+// Weights whose quotients are next to the middle of two codes, where a wrong last place of a quotient shows.
+std::vector<float> hard_weights(int64_t rows, int64_t width, Format format, double range) {
+  Random random(static_cast<uint64_t>(width));
+  const float largest = format == Format::e4m3 ? 448.0f : 57344.0f;
+  std::vector<float> w(static_cast<size_t>(rows * width));
+  for (int64_t r = 0; r < rows; ++r) {
+    const float peak = static_cast<float>(std::exp2(range * random.number()) * (1.5 + 0.4 * random.number()));
+    const float scale = std::max(peak / largest, 1e-8f);
+    w[static_cast<size_t>(r * width)] = peak;
+    for (int64_t i = 1; i < width; ++i) {
+      const int code = static_cast<int>((random.number() + 1.0) * 61.0);
+      const double middle =
+          (value_of(static_cast<uint8_t>(code), format) + value_of(static_cast<uint8_t>(code + 1), format)) / 2;
+      float near = static_cast<float>(middle * static_cast<double>(scale));
+      for (int64_t step = 0; step < i % 3; ++step) near = std::nextafter(near, i % 2 == 0 ? 0.0f : peak);
+      w[static_cast<size_t>(r * width + i)] = i % 5 < 2 ? -near : near;
+    }
+  }
+  return w;
+}
+
+// Every body gives the bytes of the plain one, streamed or not.
+void bodies_quantise_alike(Format format, Dtype dtype, Dtype scale_dtype, int64_t width) {
+  const int64_t rows = 5, groups = 17, cols = width * groups;
+  const std::vector<float> hard = hard_weights(rows * groups, width, format, dtype == Dtype::f16 ? 8.0 : 20.0);
+  Numbers w(rows * cols, dtype);
+  for (int64_t i = 0; i < w.count(); ++i) w.set(i, static_cast<double>(hard[static_cast<size_t>(i)]));
+  for (int64_t i = 3 * width; i < 4 * width; ++i) w.set(i, 0.0);
+  const auto run = [&](Isa isa, bool stream, std::vector<uint8_t>& codes, std::vector<uint32_t>& scales) {
+    // 64 bytes more, to begin at a cache line
+    codes.assign(static_cast<size_t>(rows * cols + 64), 0x55);
+    scales.assign(static_cast<size_t>(rows * groups), 0u);
+    musubi::QuantizeTask task;
+    task.w = {w.data(), rows, cols, cols, dtype};
+    task.width = width;
+    task.format = format;
+    task.scale_dtype = scale_dtype;
+    task.codes = codes.data() + 64 - reinterpret_cast<uintptr_t>(codes.data()) % 64;
+    task.scales = scales.data();
+    task.stream = stream;
+    musubi::quantize_kernel(isa)(task);
+    codes.erase(codes.begin(), codes.begin() + (task.codes - codes.data()));
+    codes.resize(static_cast<size_t>(rows * cols));
+  };
+  std::vector<uint8_t> want, codes;
+  std::vector<uint32_t> want_scales, scales;
+  run(Isa::scalar, false, want, want_scales);
+  on_every_isa([&](Isa isa) {
+    for (bool stream : {false, true}) {
+      run(isa, stream, codes, scales);
+      EXPECT(codes == want && scales == want_scales, "%s: groups of %d differ from the plain body", name_of(isa),
+             static_cast<int>(width));
+    }
+  });
+}
+
+// Every code under scales of all kinds, also those whose products are no normal numbers: the plain body's bytes.
+void bodies_dequantise_alike(Format format, Dtype scale_dtype, Dtype dtype, int64_t block) {
+  const int64_t rows = 3, cols = 11 * block + (block > 64 ? 13 : 0), blocks = (cols + block - 1) / block;
+  Random random(static_cast<uint64_t>(block));
+  std::vector<uint8_t> codes(static_cast<size_t>(rows * cols));
+  for (size_t i = 0; i < codes.size(); ++i) {
+    // long runs without the codes that are not finite, and every code
+    codes[i] = static_cast<uint8_t>(i / 256 % 2 == 0 ? i : static_cast<uint64_t>((random.number() + 1.0) * 60.0));
+  }
+  Numbers scales(rows * blocks, scale_dtype);
+  const double kinds[] = {1.0, -0.37, 1e-30, 0.0, 3e-39, 7e30, 0.013, NAN, 1e-8, 431.0, INFINITY};
+  for (int64_t i = 0; i < scales.count(); ++i) scales.set(i, kinds[i % 11] * (1.0 + 0.3 * random.number()));
+  const int64_t size = size_of(dtype);
+  const auto run = [&](Isa isa, bool stream, std::vector<uint8_t>& out) {
+    out.assign(static_cast<size_t>(rows * cols * size + 64), 0x55);
+    musubi::DequantizeTask task;
+    task.w = {codes.data(), rows, cols, cols, scales.data(), blocks, 1, block, scale_dtype, format};
+    char* const to = reinterpret_cast<char*>(out.data()) + 64 - reinterpret_cast<uintptr_t>(out.data()) % 64;
+    task.out = to;
+    task.out_dtype = dtype;
+    task.stream = stream;
+    musubi::dequantize_kernel(isa)(task);
+    out.erase(out.begin(), out.begin() + (to - reinterpret_cast<char*>(out.data())));
+    out.resize(static_cast<size_t>(rows * cols * size));
+  };
+  // numbers that are none are alike whatever their bits
+  const auto same = [&](const std::vector<uint8_t>& a, const std::vector<uint8_t>& b) {
+    for (size_t i = 0; i < a.size(); i += static_cast<size_t>(size)) {
+      if (std::memcmp(&a[i], &b[i], static_cast<size_t>(size)) == 0) continue;
+      if (!is_nan(&a[i], dtype) || !is_nan(&b[i], dtype)) return false;
+    }
+    return true;
+  };
+  std::vector<uint8_t> want, out;
+  run(Isa::scalar, false, want);
+  on_every_isa([&](Isa isa) {
+    for (bool stream : {false, true}) {
+      run(isa, stream, out);
+      EXPECT(same(out, want), "%s: blocks of %d differ from the plain body", name_of(isa), static_cast<int>(block));
+    }
+  });
+}
+
 void zeros_stay_zero() {
   on_every_isa([&](Isa isa) {
     std::vector<uint16_t> w(70, 0);
@@ -155,6 +266,16 @@ void test_quantize() {
     codes_are_nearest(format, 2, 1200, 600);
     for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
       for (int64_t width : {64, 37, 200}) search_is_least(format, width, dtype);
+    }
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
+      for (Dtype scale_dtype : {Dtype::f32, dtype}) {
+        for (int64_t width : {32, 37, 64, 96, 256}) {
+          bodies_quantise_alike(format, dtype, scale_dtype, width);
+          for (Dtype out : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
+            bodies_dequantise_alike(format, scale_dtype, out, width);
+          }
+        }
+      }
     }
   }
   zeros_stay_zero();

@@ -5,7 +5,7 @@
 // plus a step that depends on m and c alone. There are 128 x 128 steps; a scale picks the 128 that one look-up reads.
 #include <array>
 
-#include "ops/fp8_quantize/fp8_dequantize_vbmi-inl.h"
+#include "ops/fp8_quantize/fp8_dequantize_avx512-inl.h"
 
 namespace musubi {
 namespace MUSUBI_ISA {
@@ -43,48 +43,80 @@ struct Steps {
 
 struct LookUpBody : WideBody {
   template <Format kFormat>
+  static void encode_groups(const QuantizeTask& task, const void* row, int64_t start, int count, const float* scales,
+                            uint8_t* codes) {
+    if (served(task) && task.width % 64 == 0) {
+      encode_whole<kFormat>(task, row, start, task.width / 64, count, scales, codes);
+    } else {
+      WideBody::encode_groups<kFormat>(task, row, start, count, scales, codes);
+    }
+  }
+
+  template <Format kFormat>
   static void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count, float scale,
                          uint8_t* codes) {
-    constexpr int kMantissaBits = kFormat == Format::e4m3 ? 3 : 2;
-    // w below s 2^least may have a code that is no normal number
-    constexpr int kLeast = kFormat == Format::e4m3 ? -5 : -13;
-    const uint32_t bits = bits_of(scale);
-    const int exponent = static_cast<int>(bits >> 23);
-    const int64_t whole =
-        task.w.dtype == Dtype::bf16 && (bits & 0xffff) == 0 && exponent + kLeast >= 1 ? count / 64 * 64 : 0;
-    const uint8_t* const steps = Steps<kFormat>::table().of[(bits >> 16) & 127];
-    const __m512i steps0 = _mm512_load_si512(steps), steps1 = _mm512_load_si512(steps + 64);
-    const __m512i lower = _mm512_load_si512(kLowerBytes.data()), upper = _mm512_load_si512(kUpperBytes.data());
-    const __m512i magnitude = _mm512_set1_epi16(0x7fff), sign = byte(0x80);
-    const __m512i one = _mm512_set1_epi16(static_cast<int16_t>(exponent << 7));
-    const __m512i least_normal = _mm512_set1_epi16(static_cast<int16_t>((exponent + kLeast) << 7));
-    const __m512i kept = byte(kFormat == Format::e4m3 ? 0xf8 : 0xfc), largest = byte(Numbers<kFormat>::largest_code);
-    const bool stream = streams(task.w.rows * task.w.cols) && reinterpret_cast<uintptr_t>(codes) % 64 == 0;
-    const uint16_t* const from = static_cast<const uint16_t*>(row) + start;
-    for (int64_t i = 0; i < whole; i += 64) {
-      const __m512i w0 = _mm512_loadu_si512(from + i), w1 = _mm512_loadu_si512(from + i + 32);
-      const __m512i a0 = _mm512_and_si512(w0, magnitude), a1 = _mm512_and_si512(w1, magnitude);
-      if ((_mm512_cmplt_epu16_mask(a0, least_normal) | _mm512_cmplt_epu16_mask(a1, least_normal)) != 0) {
-        WideBody::encode_run<kFormat>(task, row, start + i, 64, scale, codes + i);
-        continue;
-      }
-      const __m512i e0 = _mm512_srli_epi16(_mm512_sub_epi16(a0, one), 7 - kMantissaBits);
-      const __m512i e1 = _mm512_srli_epi16(_mm512_sub_epi16(a1, one), 7 - kMantissaBits);
-      const __m512i exponents = _mm512_and_si512(_mm512_permutex2var_epi8(e0, lower, e1), kept);
-      const __m512i step = _mm512_permutex2var_epi8(steps0, _mm512_permutex2var_epi8(w0, lower, w1), steps1);
-      const __m512i size = _mm512_min_epu8(_mm512_add_epi8(exponents, step), largest);
-      const __m512i signs = _mm512_permutex2var_epi8(w0, upper, w1);
-      const __m512i done = _mm512_ternarylogic_epi32(size, signs, sign, 0xf8);
-      if (stream) {
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(codes + i), done);
-      } else {
-        _mm512_storeu_si512(codes + i, done);
-      }
-    }
-    if (whole < count) WideBody::encode_run<kFormat>(task, row, start + whole, count - whole, scale, codes + whole);
+    const int64_t whole = served(task) ? count / 64 * 64 : 0;
+    if (whole > 0) encode_whole<kFormat>(task, row, start, whole / 64, 1, &scale, codes - start);
+    if (whole == count) return;
+    WideBody::encode_run<kFormat>(task, row, start + whole, count - whole, scale, codes + whole);
   }
 
  private:
+  static bool served(const QuantizeTask& task) {
+    return task.w.dtype == Dtype::bf16 && task.scale_dtype == Dtype::bf16;
+  }
+
+  // Groups of `per` whole 64s from `start` of a row and of its codes.
+  template <Format kFormat>
+  static void encode_whole(const QuantizeTask& task, const void* row, int64_t start, int64_t per, int64_t count,
+                           const float* scales, uint8_t* codes) {
+    const int64_t all = count * per;
+    for (int64_t i = 0; (i = look_up<kFormat>(task, row, start, per, i, all, scales, codes)) < all; ++i) {
+      const int64_t at = start + 64 * i;
+      WideBody::encode_run<kFormat>(task, row, at, 64, scales[i / per], codes + at);
+    }
+  }
+
+  // The 64s from number i on, until all are done or one of them needs arithmetic: gives its number. No call stands in
+  // these loops, since it would empty all vector registers.
+  template <Format kFormat>
+  static MUSUBI_NOINLINE int64_t look_up(const QuantizeTask& task, const void* row, int64_t start, int64_t per,
+                                         int64_t i, int64_t all, const float* scales, uint8_t* codes) {
+    constexpr int kMantissaBits = kFormat == Format::e4m3 ? 3 : 2;
+    // w below s 2^least may have a code that is no normal number
+    constexpr int kLeast = kFormat == Format::e4m3 ? -5 : -13;
+    const __m512i lower = _mm512_load_si512(kLowerBytes.data()), upper = _mm512_load_si512(kUpperBytes.data());
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff), sign = byte(0x80);
+    const __m512i kept = byte(kFormat == Format::e4m3 ? 0xf8 : 0xfc), largest = byte(Numbers<kFormat>::largest_code);
+    const bool stream = task.stream && reinterpret_cast<uintptr_t>(codes + start) % 64 == 0;
+    const Steps<kFormat>& table = Steps<kFormat>::table();
+    for (int64_t group = i / per; i < all; ++group) {
+      const uint32_t bits = bits_of(scales[group]);
+      const int exponent = static_cast<int>(bits >> 23);
+      if (exponent + kLeast < 1) return i;
+      const uint8_t* const steps = table.of[(bits >> 16) & 127];
+      const __m512i steps0 = _mm512_load_si512(steps), steps1 = _mm512_load_si512(steps + 64);
+      const __m512i one = _mm512_set1_epi16(static_cast<int16_t>(exponent << 7));
+      const __m512i least_normal = _mm512_set1_epi16(static_cast<int16_t>((exponent + kLeast) << 7));
+      for (const int64_t end = least(all, (group + 1) * per); i < end; ++i) {
+        const int64_t at = start + 64 * i;
+        fetch(row, 2 * (at + kTogether * 64 * per), 128);
+        const uint16_t* const from = static_cast<const uint16_t*>(row) + at;
+        const __m512i w0 = _mm512_loadu_si512(from), w1 = _mm512_loadu_si512(from + 32);
+        const __m512i a0 = _mm512_and_si512(w0, magnitude), a1 = _mm512_and_si512(w1, magnitude);
+        if ((_mm512_cmplt_epu16_mask(a0, least_normal) | _mm512_cmplt_epu16_mask(a1, least_normal)) != 0) return i;
+        const __m512i e0 = _mm512_srli_epi16(_mm512_sub_epi16(a0, one), 7 - kMantissaBits);
+        const __m512i e1 = _mm512_srli_epi16(_mm512_sub_epi16(a1, one), 7 - kMantissaBits);
+        const __m512i exponents = _mm512_and_si512(_mm512_permutex2var_epi8(e0, lower, e1), kept);
+        const __m512i step = _mm512_permutex2var_epi8(steps0, _mm512_permutex2var_epi8(w0, lower, w1), steps1);
+        const __m512i size = _mm512_min_epu8(_mm512_add_epi8(exponents, step), largest);
+        const __m512i signs = _mm512_permutex2var_epi8(w0, upper, w1);
+        put64(codes + at, _mm512_ternarylogic_epi32(size, signs, sign, 0xf8), stream);
+      }
+    }
+    return i;
+  }
+
   static __m512i byte(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 };
 

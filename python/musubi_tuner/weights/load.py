@@ -27,7 +27,7 @@ from musubi_tuner.weights.plan import Placement, model_tensors, plan_loading, sl
 from musubi_tuner.weights.policy import FP8_FILE_DTYPES, Fp8Policy, WeightPolicy
 from musubi_tuner.weights.reader import Checkpoint
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 2 << 20
 """Rows are staged in pieces of about this size: small beside any model, large beside the cost of a read."""
 
 Delta = Callable[[int, int], Tensor]
@@ -210,7 +210,7 @@ class _Loader:
             whole = torch.empty(info.shape, dtype=info.dtype, device=self.device)
             for first, rows in self._chunks(placement, bar):
                 whole[first : first + len(rows)] = rows
-            return _quantize_rows(placement, whole, 0, fp8, None)
+            return _quantize_rows(placement, whole, 0, fp8)
         done = self._quantized_by_rows(placement, fp8, None, bar)
         if done is None:  # some float16 scale would be subnormal: the whole tensor takes float32 scales
             done = self._quantized_by_rows(placement, fp8, torch.float32, _NoBar())
@@ -227,11 +227,16 @@ class _Loader:
         layout = scale_shape(shape, fp8.mode, fp8.block_size)
         scales = empty_weight(layout, scale_dtype or placement.info.dtype, place)
         agreed = True
+        # float16 scales may turn out to need float32; what is on another device is copied there
+        straight = weight.device == self.device and scales.dtype != torch.float16
         for first, rows in self._chunks(placement, bar):
-            codes, scale = _quantize_rows(placement, rows, first, fp8, scale_dtype)
-            agreed = agreed and scale.dtype == scales.dtype
-            weight[first : first + len(rows)] = codes
-            scales[first : first + len(rows)] = scale
+            last = first + len(rows)
+            out = (weight[first:last], scales[first:last]) if straight else None
+            codes, scale = _quantize_rows(placement, rows, first, fp8, scale_dtype=scale_dtype, out=out)
+            if not straight:
+                agreed = agreed and scale.dtype == scales.dtype
+                weight[first:last] = codes
+                scales[first:last] = scale
         return (weight, scales) if agreed else None
 
     def _plain_fp8(self, placement: Placement, fp8: Fp8Policy, bar: Any) -> Tensor:
@@ -275,8 +280,15 @@ class _NoBar:
 
 
 def _quantize_rows(
-    placement: Placement, rows: Tensor, first: int, fp8: Fp8Policy, scale_dtype: torch.dtype | None
+    placement: Placement,
+    rows: Tensor,
+    first: int,
+    fp8: Fp8Policy,
+    *,
+    scale_dtype: torch.dtype | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Codes and scales of rows from `first` on, in `out` where that is given."""
     try:
         return quantize_fp8(
             rows,
@@ -285,6 +297,7 @@ def _quantize_rows(
             fmt=fp8.fmt,
             scale_dtype=scale_dtype,
             search=fp8.search,
+            out=out,
         )
     except ValueError:
         _require_finite(placement, rows, first)

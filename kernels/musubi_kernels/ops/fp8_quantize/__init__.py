@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from musubi_kernels import _eager
 from musubi_kernels._explain import Plan, planned_by
 from musubi_kernels._formats import (
     FORMATS,
@@ -73,6 +74,7 @@ def _plan_quantize(
     fmt: str = "e4m3",
     scale_dtype: torch.dtype | None = None,
     search: str | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Plan:
     if w.dtype not in WEIGHT_DTYPES:
         raise ValueError(
@@ -83,11 +85,14 @@ def _plan_quantize(
         raise ValueError(f"search = {search!r}: use None (absmax scales) or 'mse'")
     largest = format_named(fmt).largest
     layout = resolve_mode(w.shape, mode, block_size)
-    wanted = scale_dtype or w.dtype
+    wanted = scale_dtype or (out[1].dtype if out else w.dtype)
     if wanted not in SCALE_DTYPES:
         raise ValueError(f"scale_dtype = {wanted}: use {', '.join(str(d) for d in SCALE_DTYPES)}")
     if wanted == torch.float16 and not _fits_float16(w, layout, block_size, largest):
         wanted = torch.float32
+    if out is not None:
+        shapes = w.shape, torch.Size(_scale_shape(w.shape, layout, block_size))
+        _check_out(out, w.device, shapes, (FORMATS[fmt].dtype, wanted))
     return Plan(
         QUANTIZE,
         (w.detach(), layout, block_size, wanted, fmt, search or ""),
@@ -103,6 +108,7 @@ def quantize_fp8(
     fmt: str = "e4m3",
     scale_dtype: torch.dtype | None = None,
     search: str | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(q, scale) with `q * scale ~ w`; q has w's shape in FP8.
 
@@ -114,15 +120,45 @@ def quantize_fp8(
         fmt: `e4m3` or `e5m2`.
         scale_dtype: default w's; float32 is used where float16 would make a scale subnormal or infinite.
         search: `mse` tries 32 multiples of each absmax scale, evenly over an octave, and keeps the least squared error.
+        out: (q, scale) to fill and return in place of new tensors, contiguous and just as those would be; the scales'
+            dtype is that of this one. What it holds after an error is not defined.
 
     Raises:
-        ValueError: w is FP8, integer or float64, holds inf or NaN (with its position), or an option is unknown.
+        ValueError: w is FP8, integer or float64, holds inf or NaN (with its position), an option is unknown, or `out`
+            is not what would be returned.
     """
-    plan = _plan_quantize(w, mode=mode, block_size=block_size, fmt=fmt, scale_dtype=scale_dtype, search=search)
-    q, scale = plan.op(*plan.args)
+    plan = _plan_quantize(w, mode=mode, block_size=block_size, fmt=fmt, scale_dtype=scale_dtype, search=search, out=out)
+    q, scale = plan.op(*plan.args) if out is None else _filled(plan, *out)
     if scale.numel() and not math.isfinite(float(scale.amax())):  # NaN is the largest, and no scale is negative
         _raise_not_finite(w)
     return q.view(FORMATS[fmt].dtype), scale
+
+
+def _filled(plan: Plan, q: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`out` with the result of `plan`; q as uint8. The compiled module writes there, other backends are copied."""
+    w, mode, block, _, fmt, search = plan.args
+    codes = q.view(torch.uint8)
+    if w.numel() and _eager.free(w) and QUANTIZE.choose(plan.args).backend == "native":
+        native.quantize_into(w, mode, block, fmt, search, codes, scale)
+    else:
+        for held, result in zip((codes, scale), plan.op(*plan.args), strict=True):
+            held.copy_(result)
+    return codes, scale
+
+
+def _check_out(
+    out: tuple[torch.Tensor, torch.Tensor],
+    device: torch.device,
+    shapes: tuple[torch.Size, torch.Size],
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    for name, given, shape, dtype in zip(("q", "scale"), out, shapes, dtypes, strict=True):
+        if (given.shape, given.dtype, given.device) != (shape, dtype, device) or not given.is_contiguous():
+            raise ValueError(
+                f"out's {name} is {given.dtype} {list(given.shape)} on {given.device}"
+                f"{'' if given.is_contiguous() else ', not contiguous'}: this weight needs a contiguous {dtype} "
+                f"{list(shape)} on {device}"
+            )
 
 
 def _fits_float16(w: torch.Tensor, mode: Mode, block: int, largest: float) -> bool:

@@ -27,25 +27,29 @@ def quantize(
         shape = [w.shape[0], w.shape[1] // block, 1] if mode == "block" else [w.shape[0], 1]
         empty = torch.empty(w.shape, dtype=torch.uint8)
         return empty, torch.full(shape if mode != "tensor" else [], SMALLEST_SCALE).to(scale_dtype)
-    flat = _native.matrix(w.reshape(1, -1) if mode == "tensor" else w)
-    rows, columns = flat.shape
-    width = block if mode == "block" else columns
     q = torch.empty(w.shape, dtype=torch.uint8)
-    per_row = columns // width
-    shape = [rows, per_row, 1] if mode == "block" else [rows, 1] if mode == "channel" else []
+    shape = [w.shape[0], w.shape[1] // block, 1] if mode == "block" else [w.shape[0], 1] if mode == "channel" else []
     scale = torch.empty(shape, dtype=scale_dtype)
+    quantize_into(w, mode, block, fmt, search, q, scale)
+    return q, scale
+
+
+def quantize_into(
+    w: torch.Tensor, mode: Mode, block: int, fmt: str, search: str, q: torch.Tensor, scale: torch.Tensor
+) -> None:
+    """Fills q (uint8, w's shape) and scale, both contiguous, with what `quantize` gives. `w` is not empty."""
+    flat = _native.matrix(w.reshape(1, -1) if mode == "tensor" else w)
     _native.module().quantize(
         _native.isa(),
         torch.get_num_threads(),
         *_native.rows(flat),
-        width,
+        block if mode == "block" else flat.shape[1],
         _native.FORMAT_CODES[fmt],
-        _native.DTYPE_CODES[scale_dtype],
+        _native.DTYPE_CODES[scale.dtype],
         q.data_ptr(),
         scale.data_ptr(),
         search == "mse",
     )
-    return q, scale
 
 
 def refuses_dequantize(q: torch.Tensor, scale: torch.Tensor, fmt: str, dtype: torch.dtype) -> str | None:
