@@ -116,13 +116,21 @@ def measure_limits() -> Limits:
         return Limits(reading, copying, 0.0, str(error))
 
 
-def peak_flops() -> float:
+def float_flops() -> float:
+    """FLOP/s of one thread in registers with float32, whatever the body uses for bf16; 0 where it is not measured."""
+    try:
+        return peak_flops("float32")
+    except (OSError, subprocess.SubprocessError):
+        return 0.0
+
+
+def peak_flops(kind: str | None = None) -> float:
     """FLOP/s of one thread in registers: products of bf16 pairs for the body that uses them, float32 otherwise.
 
     Raises:
         OSError: no C++ compiler, or a processor that the compiler's flag does not know.
     """
-    kind = "bf16" if native_isa() == "avx512bf16" else "float32"
+    kind = kind or ("bf16" if native_isa() == "avx512bf16" else "float32")
     library = _arithmetic()
     best, operations = 0.0, ctypes.c_double()
     for _ in range(7):
