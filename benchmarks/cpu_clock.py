@@ -138,13 +138,21 @@ def measure_limits() -> Limits:
         return Limits(reading, copying, 0.0, str(error))
 
 
-def peak_flops() -> float:
+def float_flops() -> float:
+    """FLOP/s of one thread in registers with float32, whatever the body uses for bf16; 0 where it is not measured."""
+    try:
+        return peak_flops("float32")
+    except (OSError, subprocess.SubprocessError):
+        return 0.0
+
+
+def peak_flops(kind: str | None = None) -> float:
     """FLOP/s of one thread in registers: products of bf16 pairs for the body that uses them, float32 otherwise.
 
     Raises:
         OSError: no C++ compiler, or a processor that the compiler's flag does not know.
     """
-    kind = "bf16" if native_isa() == "avx512bf16" else "float32"
+    kind = kind or ("bf16" if native_isa() == "avx512bf16" else "float32")
     library = _arithmetic()
     best, operations = 0.0, ctypes.c_double()
     for _ in range(7):
@@ -189,8 +197,9 @@ def machine() -> str:
     return f"{model}, one thread, {isa}, torch {torch.__version__}, python {platform.python_version()}"
 
 
-def peak_bytes(call: Call) -> float:
-    """How far the resident set rises during `call`; NaN where the kernel does not tell.
+def peak_bytes(call: Call, *, warm: bool = False) -> float:
+    """How far the resident set rises during `call`, which runs once before unless it is `warm`; NaN where the kernel
+    does not tell.
 
     Memory that the allocator kept from earlier calls is given back first, or it would be used unseen.
     """
@@ -201,7 +210,8 @@ def peak_bytes(call: Call) -> float:
     def kilobytes(key: str) -> int:
         return int(next(line for line in status.read_text().splitlines() if line.startswith(key)).split()[1])
 
-    call()
+    if not warm:
+        call()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)

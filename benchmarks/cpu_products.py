@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import cpu_gates as gates
-from cpu_clock import Limits, cache_bytes, in_turn, read, rotating
+from cpu_clock import Limits, cache_bytes, float_flops, in_turn, read, rotating
 from cpu_gates import Gate, Row, compared
 from cpu_peers import usual_weight
 from musubi_kernels import dequantize_fp8, fp8_linear, fp8_linear_dynamic, fp8_lora_linear, quantize_fp8
@@ -207,7 +207,7 @@ def overhead_row(w: Weight, m: int) -> Row:
 
 
 def typed_row(w: Weight, m: int, dtype: torch.dtype) -> Row:
-    """x of another dtype against plain in that dtype."""
+    """x of another dtype against plain in that dtype. Sums are float32, so that arithmetic is the machine's limit."""
     x, dense = torch.randn(m, w.shape[1]).to(dtype), w.dense.to(dtype)
     calls = {
         "ours": lambda: fp8_linear(x, w.q, w.scale),
@@ -215,7 +215,10 @@ def typed_row(w: Weight, m: int, dtype: torch.dtype) -> Row:
         "plain": lambda: F.linear(x, dense),
     }
     name = str(dtype).removeprefix("torch.")
-    return compared(f"forward, {name} x", (*w.shape, m), in_turn(calls), {"plain": gates.OTHER_TYPES[name]})
+    operations = 2.0 * m * w.shape[0] * w.shape[1]
+    least = gates.least_seconds(operations=operations, flops=float_flops())
+    wanted = {"plain": gates.OTHER_TYPES[name]}
+    return compared(f"forward, {name} x", (*w.shape, m), in_turn(calls), wanted, least=least)
 
 
 def dynamic_row(w: Weight, m: int) -> Row:

@@ -76,6 +76,7 @@ inline double half_value(uint16_t bits) {
 inline uint16_t half_bits(double value) {
   const uint16_t sign = value < 0 ? 0x8000 : 0;
   const double size = std::fabs(value);
+  if (!(size < 65536.0)) return static_cast<uint16_t>(sign | (size != size ? 0x7e00 : 0x7c00));
   if (size < std::ldexp(1.0, -14)) return static_cast<uint16_t>(sign | static_cast<uint16_t>(std::ldexp(size, 24)));
   int exponent;
   const double part = std::frexp(size, &exponent);  // [0.5, 1)

@@ -114,6 +114,7 @@ def test_scratch_stays_below_its_bound(native: None, monkeypatch: pytest.MonkeyP
         "forward": lambda rows: fp8_linear(ones(rows, 5120), wide, torch.ones(200, 80, 1)),
         "backward": lambda rows: fp8_linear(ones(rows, 64), tall, torch.ones(6400, 1, 1)).sum().backward(),
         "branch": branch,
+        "many short rows": lambda rows: fp8_linear(ones(20 * rows, 64), tall[:200], torch.ones(200, 1, 1)),
         "quantise": quantize,
     }
     for isa in _native.module().isas():

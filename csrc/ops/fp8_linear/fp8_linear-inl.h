@@ -16,13 +16,37 @@ namespace musubi {
 namespace MUSUBI_ISA {
 namespace {
 
-constexpr int64_t kPackedBytes = int64_t{10} << 20;  // x is packed in chunks of M of at most this size
-constexpr int64_t kBlockUnits = 256;                 // contraction units per panel
-constexpr int64_t kWideOutputs = 192;                // outputs per panel: 196 KB of units, half of a small L2
-constexpr int64_t kNarrowOutputs = 48;               // with few rows a panel that stays in L1 is better
+constexpr int64_t kChunkBytes = int64_t{14} << 20;  // packed x and the sums of a panel: M is done in chunks
+constexpr int64_t kCachedBytes = int64_t{1} << 20;  // packed rows up to this size stay in L2
+constexpr int64_t kSumsBytes = int64_t{768} << 10;  // sums of a panel up to this size stay there with it
+constexpr int64_t kMostUnits = 256;                 // contraction units per panel
+constexpr int64_t kMostOutputs = 192;               // outputs per panel
+constexpr int64_t kGroups = 24;                     // outputs that are whole groups, however wide the tile
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t round_up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
+
+// Rows of bytes whose lines are fetched a few rows at a time while something else is computed. All at once would have
+// to wait for one another: L1 has 10 to 16 buffers for lines under way.
+struct Ahead {
+  const void* first = nullptr;
+  int64_t rows = 0, bytes = 0, stride = 0;
+  int64_t step = 0;  // rows per call
+
+  // Spreads the rows over so many calls.
+  void spread(int64_t calls) { step = (rows + calls - 1) / (calls > 0 ? calls : 1); }
+
+  template <bool kWrite>
+  void some() {
+    for (int64_t i = 0; i < step && rows > 0; ++i, --rows) {
+      const uintptr_t begin = reinterpret_cast<uintptr_t>(first);
+      for (uintptr_t line = begin / 64 * 64; line < begin + static_cast<uintptr_t>(bytes); line += 64) {
+        __builtin_prefetch(reinterpret_cast<const void*>(line), kWrite, kWrite ? 3 : 2);
+      }
+      first = reinterpret_cast<const void*>(begin + static_cast<uintptr_t>(stride));
+    }
+  }
+};
 
 inline const void* at(const Rows& m, int64_t row, int64_t col) {
   return static_cast<const char*>(m.data) + (row * m.stride + col) * size_of(m.dtype);
@@ -41,10 +65,10 @@ inline float scale_at(const Fp8Rows& w, int64_t n, int64_t b) {
   return Vec::one(w.scale, w.scale_dtype, n * w.scale_row + b * w.scale_block);
 }
 
-// out[0 .. k1 - k0) = row n of the weight from k0 to k1, each code times its scale.
-inline void decode_row(const Fp8Rows& w, const Codes& codes, int64_t n, int64_t k0, int64_t k1, float* out) {
+// out[0 .. k1 - k0) = row n of the weight from k0 to k1, each code times its scale; k0 is in block b.
+MUSUBI_INLINE void decode_row(const Fp8Rows& w, const Codes& codes, int64_t n, int64_t b, int64_t k0, int64_t k1,
+                              float* out) {
   const uint8_t* row = w.codes + n * w.stride;
-  int64_t b = k0 / w.block;  // one division per row: it costs more than decoding a block
   for (int64_t k = k0; k < k1; ++b) {
     const int64_t end = least(k1, (b + 1) * w.block);
     codes.floats(row + k, end - k, scale_at(w, n, b), out + (k - k0));
@@ -62,6 +86,16 @@ inline void read_row(const Rows& m, int64_t row, int64_t c0, int64_t count, floa
 // The kernel that multiplies in float32: a unit is one float.
 struct FloatKernel {
   static constexpr int64_t kPerUnit = 1;
+  static constexpr int64_t kForwardUnits = 128;  // with 48 rows of x that is half of L1
+  static constexpr int64_t kForwardStride = kForwardUnits + 16;
+
+  // Where all of x stays in L2 a narrow panel stays in L1; otherwise it is as wide as its sums allow, since every panel
+  // reads x again.
+  static int64_t outputs_per_panel(int64_t sums_bytes, int64_t x_bytes) {
+    if (x_bytes <= kCachedBytes) return 2 * kGroups;
+    const int64_t fits = kSumsBytes / sums_bytes / kGroups * kGroups;
+    return fits < 2 * kGroups ? 2 * kGroups : least(fits, kMostOutputs);
+  }
 
   static typename Vec::F load_units(const void* row, Dtype dtype, int64_t unit) {
     return Vec::load_as(row, dtype, unit);
@@ -71,14 +105,16 @@ struct FloatKernel {
   static void fill_forward(const Fp8Rows& w, int64_t j0, int64_t jn, int64_t c0, int64_t cn, float* panel,
                            int64_t stride) {
     const Codes codes(w.format);
-    for (int64_t j = 0; j < jn; ++j) decode_row(w, codes, j0 + j, c0, c0 + cn, panel + j * stride);
+    const int64_t b = c0 / w.block;  // a division costs more than decoding a block
+    for (int64_t j = 0; j < jn; ++j) decode_row(w, codes, j0 + j, b, c0, c0 + cn, panel + j * stride);
   }
 
   // panel[unit * stride + j]: columns j0 .. of W from row c0.
   static void fill_gradient(const Fp8Rows& w, int64_t j0, int64_t jn, int64_t c0, int64_t cn, float* panel,
                             int64_t stride) {
     const Codes codes(w.format);
-    for (int64_t c = 0; c < cn; ++c) decode_row(w, codes, c0 + c, j0, j0 + jn, panel + c * stride);
+    const int64_t b = j0 / w.block;
+    for (int64_t c = 0; c < cn; ++c) decode_row(w, codes, c0 + c, b, j0, j0 + jn, panel + c * stride);
   }
 
   static void fill_forward_tail(const Rows& up, float strength, int64_t j0, int64_t jn, float* panel, int64_t stride) {
@@ -97,7 +133,8 @@ struct FloatKernel {
   }
 
   template <int V, int R, bool kTransposed>
-  static void micro(const float* x, int64_t units, const float* panel, int64_t stride, float* sums, bool first) {
+  MUSUBI_NOINLINE static void micro(const float* x, int64_t units, const float* panel, float* sums, bool first) {
+    constexpr int64_t stride = kTransposed ? kMostOutputs : kForwardStride;
     typename Vec::F acc[R][V];
     MUSUBI_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -123,10 +160,13 @@ struct FloatKernel {
   }
 };
 
-// How many vectors of rows a tile has when `left` vectors are to be done, and how many outputs go with it in registers.
+constexpr int kTileVectors = static_cast<int>(least(kMaxVectors, 3));
+
+// How many vectors of rows a tile has when `left` vectors are to be done: as many as are best, and four where three
+// would leave a narrow tile at the end and there are registers for it.
 inline int tile_vectors(int64_t left) {
-  if (kMaxVectors >= 3) return left == 4 ? 2 : static_cast<int>(least(left, 3));
-  return static_cast<int>(least(left, kMaxVectors));
+  if (kMaxVectors >= 4 && (left == 4 || left == 8)) return 4;
+  return static_cast<int>(least(left, kTileVectors));
 }
 
 template <class Kernel>
@@ -148,7 +188,7 @@ class Multiply {
   }
 
   void run() {
-    const int64_t fits = kPackedBytes / (4 * (units_ > 0 ? units_ : 1));
+    const int64_t fits = kChunkBytes / (4 * (units_ + kMostOutputs));
     const int64_t most = fits < kTile ? kTile : fits / kTile * kTile;
     const int64_t chunks = (task_.x.rows + most - 1) / most;
     const int64_t rows = chunks > 0 ? round_up((task_.x.rows + chunks - 1) / chunks, chunks > 1 ? kTile : Vec::W) : 0;
@@ -156,15 +196,16 @@ class Multiply {
   }
 
  private:
-  static constexpr int64_t kTile = kMaxVectors * Vec::W;
+  static constexpr int64_t kTile = kTileVectors * Vec::W;
   static constexpr float kOne = 1.0f;
 
   void part(int64_t first_row, int64_t rows) {
     first_row_ = first_row;
     rows_ = rows;
     vectors_ = (rows + Vec::W - 1) / Vec::W;
-    wide_ = task_.transposed || vectors_ > kMaxVectors ? kWideOutputs : kNarrowOutputs;
-    packed_ = static_cast<float*>(scratch(Slot::packed, vectors_ * Vec::W * units_ * 4));
+    const int64_t bytes = vectors_ * Vec::W * 4;  // of one unit of all rows, and of one output's sums
+    wide_ = task_.transposed ? kMostOutputs : Kernel::outputs_per_panel(bytes, bytes * units_);
+    packed_ = static_cast<float*>(scratch(Slot::packed, bytes * units_));
     parallel_chunks(vectors_, task_.threads, [this](int64_t v) { pack(v); });
     const int64_t panels = (outputs_ + wide_ - 1) / wide_;
     parallel_chunks(panels, task_.threads, [this](int64_t p) { panel(p * wide_); });
@@ -213,33 +254,33 @@ class Multiply {
 
   void panel(int64_t j0) const {
     const int64_t jn = least(wide_, outputs_ - j0);
-    const int64_t stride = task_.transposed ? wide_ : kBlockUnits + 16;
-    float* const weights = static_cast<float*>(scratch(Slot::panel, (kBlockUnits + 16) * wide_ * 4));
+    const int64_t stride = task_.transposed ? kMostOutputs : Kernel::kForwardStride;
+    float* const weights = static_cast<float*>(scratch(Slot::panel, (most_units() + 16) * wide_ * 4));
     float* const sums = static_cast<float*>(scratch(Slot::sums, vectors_ * Vec::W * wide_ * 4));
+    float* const bias = static_cast<float*>(scratch(Slot::rows, (wide_ + Vec::W) * 4));
+    for (int64_t j = 0; j < wide_ + Vec::W; ++j) bias[j] = 0.0f;
+    if (task_.bias.data != nullptr) read_row(task_.bias, 0, j0, jn, bias);
     if (units_ == 0) std::memset(sums, 0, static_cast<size_t>(vectors_ * Vec::W * wide_ * 4));
-    for (int64_t u = 0; u < units_;) {
+    int64_t u = 0;
+    do {
       const bool in_tail = u >= main_units_;
-      const int64_t un = least(kBlockUnits, (in_tail ? units_ : main_units_) - u);
+      const int64_t un = least(most_units(), (in_tail ? units_ : main_units_) - u);
       in_tail ? fill_tail(j0, jn, weights, stride, u - main_units_) : fill(j0, jn, u, un, weights, stride);
-      tiles(jn, u, un, weights, stride, sums);
+      tiles({weights, j0, jn, u, un}, sums, bias);
       u += un;
-      if (u == main_units_ && scale_late_) scale_sums(j0, jn, sums);
-    }
-    finish(j0, jn, sums);
+    } while (u < units_);
   }
 
-  void scale_sums(int64_t j0, int64_t jn, float* sums) const {
-    for (int64_t start = 0; start < vectors_;) {
-      const int width = tile_vectors(vectors_ - start);
-      float* const tile = sums + start * Vec::W * wide_;
-      for (int64_t j = 0; j < jn; ++j) {
-        const auto factor = Vec::set1(scale_at(task_.w, task_.transposed ? 0 : j0 + j, 0));
-        float* const lanes = tile + j * width * Vec::W;
-        for (int v = 0; v < width; ++v) {
-          Vec::store(lanes + v * Vec::W, Vec::mul(Vec::load(lanes + v * Vec::W), factor));
-        }
+  // Units of the contraction that are decoded at once.
+  int64_t most_units() const { return task_.transposed ? kMostUnits : Kernel::kForwardUnits; }
+
+  void scale_sums(int64_t j0, int64_t jn, int width, float* sums) const {
+    for (int64_t j = 0; j < jn; ++j) {
+      const auto factor = Vec::set1(scale_at(task_.w, task_.transposed ? 0 : j0 + j, 0));
+      float* const lanes = sums + j * width * Vec::W;
+      for (int v = 0; v < width; ++v) {
+        Vec::store(lanes + v * Vec::W, Vec::mul(Vec::load(lanes + v * Vec::W), factor));
       }
-      start += width;
     }
   }
 
@@ -256,7 +297,7 @@ class Multiply {
   void fill_tail(int64_t j0, int64_t jn, float* weights, int64_t stride, int64_t done) const {
     Rows part = task_.tail;
     const int64_t r0 = done * Kernel::kPerUnit;
-    const int64_t rn = least(kBlockUnits * Kernel::kPerUnit, rank_ - r0);
+    const int64_t rn = least(most_units() * Kernel::kPerUnit, rank_ - r0);
     part.data = task_.transposed ? at(part, r0, 0) : at(part, 0, r0);
     (task_.transposed ? part.rows : part.cols) = rn;
     if (task_.transposed) {
@@ -266,58 +307,79 @@ class Multiply {
     }
   }
 
-  void tiles(int64_t jn, int64_t u, int64_t un, const float* weights, int64_t stride, float* sums) const {
+  // Decoded weights: `jn` outputs from j0, `un` units of the contraction from u.
+  struct Panel {
+    const float* weights;
+    int64_t j0, jn, u, un;
+  };
+
+  void tiles(const Panel& panel, float* sums, const float* bias) const {
+    const int64_t end = panel.u + panel.un;
+    Ahead codes = codes_after(panel);
+    codes.spread(vectors_ * panel.jn / kGroups);  // a micro kernel has 24 vectors of sums
     for (int64_t start = 0; start < vectors_;) {
       const int width = tile_vectors(vectors_ - start);
-      const float* x = packed_ + (start * units_ + u * width) * Vec::W;
-      float* to = sums + start * Vec::W * wide_;
-      if (task_.transposed) {
-        tile<true>(width, jn, x, un, weights, stride, to, u == 0);
-      } else {
-        tile<false>(width, jn, x, un, weights, stride, to, u == 0);
+      const float* x = packed_ + (start * units_ + panel.u * width) * Vec::W;
+      float* const to = sums + start * Vec::W * wide_;
+      Ahead out = end == units_ ? results(panel, start * Vec::W, width * Vec::W) : Ahead();
+      out.spread(width * panel.jn / kGroups);
+      if (panel.un > 0) {
+        task_.transposed ? tile<true>(width, panel, x, to, codes, out) : tile<false>(width, panel, x, to, codes, out);
+      }
+      if (end == main_units_ && scale_late_) scale_sums(panel.j0, panel.jn, width, to);
+      for (int v = 0; end == units_ && v < width; ++v) {
+        finish_rows((start + v) * Vec::W, panel.j0, panel.jn, to + v * Vec::W, width * Vec::W, bias);
       }
       start += width;
     }
   }
 
+  // The codes that are decoded after this panel: further along the contraction, or the beginning of the next outputs.
+  Ahead codes_after(const Panel& now) const {
+    const Fp8Rows& w = task_.w;
+    const bool further = now.u + now.un < main_units_;
+    const int64_t j0 = further ? now.j0 : now.j0 + now.jn, jn = further ? now.jn : least(wide_, outputs_ - j0);
+    const int64_t c0 = further ? (now.u + now.un) * Kernel::kPerUnit : 0;
+    const int64_t cn = least(most_units() * Kernel::kPerUnit, contraction_ - c0);
+    if (jn <= 0 || cn <= 0) return {};
+    if (task_.transposed) return {w.codes + c0 * w.stride + j0, cn, jn, w.stride};
+    return {w.codes + j0 * w.stride + c0, jn, cn, w.stride};
+  }
+
+  // Where this panel's outputs of rows of x go.
+  Ahead results(const Panel& panel, int64_t row, int64_t rows) const {
+    const int64_t bytes = size_of(task_.out_dtype);
+    const char* const out = static_cast<const char*>(task_.out) + ((first_row_ + row) * outputs_ + panel.j0) * bytes;
+    return {out, least(rows, rows_ - row), panel.jn * bytes, outputs_ * bytes};
+  }
+
   template <bool kTransposed>
-  static void tile(int width, int64_t jn, const float* x, int64_t un, const float* weights, int64_t stride, float* to,
-                   bool first) {
+  static void tile(int width, const Panel& panel, const float* x, float* to, Ahead& codes, Ahead& out) {
     switch (width) {
       case 1:
-        return groups<1, kOutputs1, kTransposed>(jn, x, un, weights, stride, to, first);
+        return groups<1, kOutputs1, kTransposed>(panel, x, to, codes, out);
       case 2:
-        return groups<2, kOutputs2, kTransposed>(jn, x, un, weights, stride, to, first);
+        return groups<2, kOutputs2, kTransposed>(panel, x, to, codes, out);
+      case 4:
+        return groups<kMaxVectors, kOutputs4, kTransposed>(panel, x, to, codes, out);
       default:
-        return groups<kMaxVectors, kOutputs3, kTransposed>(jn, x, un, weights, stride, to, first);
+        return groups<kTileVectors, kOutputs3, kTransposed>(panel, x, to, codes, out);
     }
   }
 
   template <int V, int R, bool kTransposed>
-  static void groups(int64_t jn, const float* x, int64_t un, const float* weights, int64_t stride, float* to,
-                     bool first) {
-    static_assert(kNarrowOutputs % R == 0 && kWideOutputs % R == 0, "a panel is whole groups");
-    for (int64_t j = 0; j < jn; j += R) {
-      const float* from = weights + (kTransposed ? j : j * stride);
-      Kernel::template micro<V, R, kTransposed>(x, un, from, stride, to + j * V * Vec::W, first);
+  static void groups(const Panel& panel, const float* x, float* to, Ahead& codes, Ahead& out) {
+    static_assert(kGroups % R == 0 && kMostOutputs % kGroups == 0, "a panel is whole groups");
+    constexpr int64_t stride = kTransposed ? 1 : Kernel::kForwardStride;
+    for (int64_t j = 0; j < panel.jn; j += R) {
+      codes.some<false>();
+      out.some<true>();
+      float* const sums = to + j * V * Vec::W;
+      Kernel::template micro<V, R, kTransposed>(x, panel.un, panel.weights + j * stride, sums, panel.u == 0);
     }
   }
 
-  // sums -> out: add the bias, turn lanes into rows, round once.
-  void finish(int64_t j0, int64_t jn, const float* sums) const {
-    float* const bias = static_cast<float*>(scratch(Slot::rows, (wide_ + Vec::W) * 4));
-    for (int64_t j = 0; j < wide_ + Vec::W; ++j) bias[j] = 0.0f;
-    if (task_.bias.data != nullptr) read_row(task_.bias, 0, j0, jn, bias);
-    for (int64_t start = 0; start < vectors_;) {
-      const int width = tile_vectors(vectors_ - start);
-      for (int v = 0; v < width; ++v) {
-        const float* from = sums + start * Vec::W * wide_ + v * Vec::W;
-        finish_rows((start + v) * Vec::W, j0, jn, from, width * Vec::W, bias);
-      }
-      start += width;
-    }
-  }
-
+  // Sums of one vector of rows -> out: add the bias, turn lanes into rows, round once.
   void finish_rows(int64_t row, int64_t j0, int64_t jn, const float* from, int64_t lanes, const float* bias) const {
     const int64_t count = least(Vec::W, rows_ - row);
     const int64_t bytes = size_of(task_.out_dtype);

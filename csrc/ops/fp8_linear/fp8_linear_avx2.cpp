@@ -7,12 +7,13 @@
 
 namespace musubi {
 namespace MUSUBI_ISA {
-// Registers: vectors of rows per tile, and outputs that go with 1, 2 and kMaxVectors of them.
+// Registers: vectors of rows per tile, and outputs that go with 1, 2, 3 and 4 of them.
 constexpr int kMaxVectors = 2;
 constexpr int kFewOutputs = 8;  // rows of W that few rows of x meet at once
 constexpr int kOutputs1 = 12;
 constexpr int kOutputs2 = 6;
 constexpr int kOutputs3 = 6;
+constexpr int kOutputs4 = 6;
 }  // namespace MUSUBI_ISA
 }  // namespace musubi
 

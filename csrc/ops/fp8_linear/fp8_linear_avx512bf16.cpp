@@ -11,12 +11,13 @@
 
 namespace musubi {
 namespace MUSUBI_ISA {
-// Registers: vectors of rows per tile, and outputs that go with 1, 2 and kMaxVectors of them.
-constexpr int kMaxVectors = 3;
+// Registers: vectors of rows per tile, and outputs that go with 1, 2, 3 and 4 of them.
+constexpr int kMaxVectors = 4;
 constexpr int kFewOutputs = 8;  // rows of W that few rows of x meet at once
 constexpr int kOutputs1 = 24;
 constexpr int kOutputs2 = 12;
 constexpr int kOutputs3 = 8;
+constexpr int kOutputs4 = 6;
 }  // namespace MUSUBI_ISA
 }  // namespace musubi
 
@@ -44,7 +45,14 @@ void runs(const Fp8Rows& w, int64_t n, int64_t k0, int64_t k1, const Body& body)
 // The kernel that multiplies in bf16: a unit is the pair of two neighbours along the contraction.
 struct PairKernel {
   static constexpr int64_t kPerUnit = 2;
+  static constexpr int64_t kForwardUnits = kMostUnits;
+  static constexpr int64_t kForwardStride = kForwardUnits + 16;
   static constexpr int64_t kAhead = 12;  // units of x that are fetched ahead: 9 % at M = 64, 15 % at M = 16
+
+  // 192 outputs are 196 KB, half of a small L2; with few rows a panel that stays in L1 is better.
+  static int64_t outputs_per_panel(int64_t sums_bytes, int64_t) {
+    return sums_bytes > kTileVectors * Vec::W * 4 ? kMostOutputs : 2 * kGroups;
+  }
 
   static Vec::F load_units(const void* row, Dtype, int64_t unit) {
     return Vec::load(static_cast<const float*>(row) + unit);
@@ -67,7 +75,7 @@ struct PairKernel {
   // The common case: chunks of 64 codes with one scale each, no masks, no branches inside.
   static void fill_row_of_chunks(const Fp8Rows& w, const Decoder decoder, int64_t n, int64_t c0, int64_t cn,
                                  uint16_t* row) {
-    float scales[kBlockUnits * kPerUnit / 64];
+    float scales[kMostUnits * kPerUnit / 64];
     const int64_t chunks = cn / 64, per_block = w.block / 64;
     int64_t b = c0 / w.block, left = per_block - c0 / 64 % per_block;
     for (int64_t i = 0; i < chunks; ++i) {
@@ -210,7 +218,8 @@ struct PairKernel {
   }
 
   template <int V, int R, bool kTransposed>
-  static void micro(const float* x, int64_t units, const float* panel, int64_t stride, float* sums, bool first) {
+  MUSUBI_NOINLINE static void micro(const float* x, int64_t units, const float* panel, float* sums, bool first) {
+    constexpr int64_t stride = kTransposed ? kMostOutputs : kForwardStride;
     __m512 acc[R][V];
     MUSUBI_UNROLL
     for (int r = 0; r < R; ++r) {

@@ -7,12 +7,13 @@
 
 namespace musubi {
 namespace MUSUBI_ISA {
-// Registers: vectors of rows per tile, and outputs that go with 1, 2 and kMaxVectors of them.
+// Registers: vectors of rows per tile, and outputs that go with 1, 2, 3 and 4 of them.
 constexpr int kMaxVectors = 2;
 constexpr int kFewOutputs = 4;  // rows of W that few rows of x meet at once
 constexpr int kOutputs1 = 4;
 constexpr int kOutputs2 = 4;
 constexpr int kOutputs3 = 4;
+constexpr int kOutputs4 = 4;
 }  // namespace MUSUBI_ISA
 }  // namespace musubi
 
