@@ -5,6 +5,10 @@
 
 #include "common/types.h"
 
+// A loop over 64 codes written out four floats at a time would make this body larger than all others together.
+#undef MUSUBI_UNROLL
+#define MUSUBI_UNROLL _Pragma("GCC unroll 8")
+
 namespace musubi {
 namespace scalar {
 

@@ -10,9 +10,8 @@ QuantizeKernel quantize_kernel(Isa isa) {
     case Isa::avx512:
       return avx512::quantize;
     case Isa::avx512vbmi:
+    case Isa::avx512bf16:  // which has nothing to add here
       return avx512vbmi::quantize;
-    case Isa::avx512bf16:
-      return avx512bf16::quantize;
 #endif
     case Isa::scalar:
       return scalar::quantize;
@@ -29,9 +28,8 @@ DequantizeKernel dequantize_kernel(Isa isa) {
     case Isa::avx512:
       return avx512::dequantize;
     case Isa::avx512vbmi:
-      return avx512vbmi::dequantize;
     case Isa::avx512bf16:
-      return avx512bf16::dequantize;
+      return avx512vbmi::dequantize;
 #endif
     case Isa::scalar:
       return scalar::dequantize;

@@ -50,9 +50,5 @@ namespace avx512vbmi {
 void quantize(const QuantizeTask& task);
 void dequantize(const DequantizeTask& task);
 }  // namespace avx512vbmi
-namespace avx512bf16 {
-void quantize(const QuantizeTask& task);
-void dequantize(const DequantizeTask& task);
-}  // namespace avx512bf16
 
 }  // namespace musubi
