@@ -2,11 +2,9 @@
 
 A weight allocated from the heap between the loader's short-lived buffers pins the pages around it, and over a
 thousand tensors the holes add up (measured without this: 71 MB beyond the weights for 1 GB, growing with the size).
-An anonymous private mapping has no neighbours; it goes back to the system when its tensor is freed. Large ones ask for
-pages of 2 MiB, since the system's share of loading is mostly pages of 4 KiB that are touched for the first time.
+An anonymous private mapping has no neighbours; it goes back to the system when its tensor is freed.
 """
 
-import contextlib
 import math
 import mmap
 
@@ -15,8 +13,6 @@ from torch import Tensor
 
 OWN_PAGES = 1 << 14
 """Tensors of at least so many bytes get their own mapping."""
-LARGE_PAGES = 4 << 20
-"""Mappings of at least so many bytes ask for large pages."""
 
 
 def empty_weight(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -25,7 +21,4 @@ def empty_weight(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     if torch.device(device).type != "cpu" or count < OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.empty(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if count >= LARGE_PAGES and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a hint that a system without such pages refuses
-            pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
