@@ -374,8 +374,8 @@ def _by_panels(
 def _with_cuda(_: str) -> bool:
     """Whether, while the environment is as given, bodies in CUDA C++ are there too: in the module, and nothing pinned.
 
-    Panels are decoded by them: the same bits in the same time on the device, but a launch costs the host 5 µs, and
-    Triton's 25.
+    Panels are decoded by them: the same bits in the same time on the device, but a call costs the host less than
+    half (14 µs against 32, on the host of an H200).
     """
     return pinned() is None and not _triton.interpreting() and _cuda.missing() is None
 
