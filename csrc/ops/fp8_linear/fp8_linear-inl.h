@@ -192,14 +192,22 @@ class Multiply {
     const int64_t most = fits < kTile ? kTile : fits / kTile * kTile;
     const int64_t chunks = (task_.x.rows + most - 1) / most;
     const int64_t rows = chunks > 0 ? round_up((task_.x.rows + chunks - 1) / chunks, chunks > 1 ? kTile : Vec::W) : 0;
-    for (int64_t m = 0; m < task_.x.rows; m += rows) part(m, least(rows, task_.x.rows - m));
+    for (int64_t m = 0; m < task_.x.rows; m += rows) {
+      pack_part(m, least(rows, task_.x.rows - m));
+      const int64_t panels = (outputs_ + wide_ - 1) / wide_;
+      parallel_chunks(panels, task_.threads, [this](int64_t p) { panel(p * wide_); });
+    }
   }
+
+  // The low-rank activation alone, of rows that are few.
+  void make_low() { pack_part(0, task_.x.rows); }
 
  private:
   static constexpr int64_t kTile = kTileVectors * Vec::W;
   static constexpr float kOne = 1.0f;
 
-  void part(int64_t first_row, int64_t rows) {
+  // Rows of x, and of the low-rank activation, which is made here where it has to be.
+  void pack_part(int64_t first_row, int64_t rows) {
     first_row_ = first_row;
     rows_ = rows;
     vectors_ = (rows + Vec::W - 1) / Vec::W;
@@ -207,8 +215,12 @@ class Multiply {
     wide_ = task_.transposed ? kMostOutputs : Kernel::outputs_per_panel(bytes, bytes * units_);
     packed_ = static_cast<float*>(scratch(Slot::packed, bytes * units_));
     parallel_chunks(vectors_, task_.threads, [this](int64_t v) { pack(v); });
-    const int64_t panels = (outputs_ + wide_ - 1) / wide_;
-    parallel_chunks(panels, task_.threads, [this](int64_t p) { panel(p * wide_); });
+    if (task_.low_from.data == nullptr) return;
+    int64_t tiles = 0;
+    for (int64_t start = 0; start < vectors_; ++tiles) start += tile_vectors(vectors_ - start);
+    const int64_t parts = least(tiles, task_.threads);  // each fills panels of its own, so there are few
+    parallel_chunks(parts, task_.threads,
+                    [this, tiles, parts](int64_t p) { low_rows(tiles * p / parts, tiles * (p + 1) / parts); });
   }
 
   // Which tile vector v of rows belongs to: its first vector and width.
@@ -227,7 +239,94 @@ class Multiply {
     const int64_t first = first_row_ + v * Vec::W;
     const int64_t count = least(Vec::W, first_row_ + rows_ - first);
     pack_units(task_.x, first, count, contraction_, to, width * Vec::W);
-    if (rank_ > 0) pack_units(task_.low, first, count, rank_, to + main_units_ * width * Vec::W, width * Vec::W);
+    if (rank_ > 0 && task_.low_from.data == nullptr) pack_low(v, start, width);
+  }
+
+  // Vector v of rows of the low-rank activation, in the tile of `width` vectors from `start`.
+  void pack_low(int64_t v, int64_t start, int width) const {
+    float* to = packed_ + (start * units_ + main_units_ * width + (v - start)) * Vec::W;
+    const int64_t first = first_row_ + v * Vec::W;
+    pack_units(task_.low, first, least(Vec::W, first_row_ + rows_ - first), rank_, to, width * Vec::W);
+  }
+
+  // The low-rank activation of some tiles: their packed rows by the small matrix, which is not in FP8, and packed again
+  // behind them.
+  void low_rows(int64_t first_tile, int64_t last_tile) const {
+    const int64_t stride = task_.transposed ? kMostOutputs : Kernel::kForwardStride;
+    for (int64_t j0 = 0; j0 < rank_; j0 += kMostOutputs) {
+      const int64_t jn = least(kMostOutputs, rank_ - j0), wide = round_up(jn, kGroups);
+      float* const weights = static_cast<float*>(scratch(Slot::panel, (most_units() + 16) * kMostOutputs * 4));
+      float* const sums = static_cast<float*>(scratch(Slot::sums, vectors_ * Vec::W * wide * 4));
+      if (main_units_ == 0) std::memset(sums, 0, static_cast<size_t>(vectors_ * Vec::W * wide * 4));
+      for (int64_t u = 0; u < main_units_; u += most_units()) {
+        const int64_t un = least(most_units(), main_units_ - u);
+        const int64_t c0 = u * Kernel::kPerUnit, cn = least(un * Kernel::kPerUnit, contraction_ - c0);
+        fill_small(task_.low_from, 1.0f, c0, cn, j0, jn, weights, stride);
+        for_tiles(first_tile, last_tile, [&](int64_t start, int width) {
+          Ahead none;
+          const float* const x = packed_ + (start * units_ + u * width) * Vec::W;
+          float* const to = sums + start * Vec::W * wide;
+          const Panel small{weights, j0, jn, u, un};
+          task_.transposed ? tile<true>(width, small, x, to, none, none) : tile<false>(width, small, x, to, none, none);
+        });
+      }
+      for_tiles(first_tile, last_tile, [&](int64_t start, int width) {
+        const float* const from = sums + start * Vec::W * wide;
+        for (int v = 0; v < width; ++v) {
+          finish_low((start + v) * Vec::W, j0, jn, from + v * Vec::W, width * Vec::W);
+        }
+      });
+    }
+    for_tiles(first_tile, last_tile, [&](int64_t start, int width) {
+      for (int v = 0; v < width; ++v) pack_low(start + v, start, width);
+    });
+  }
+
+  template <class Body>
+  void for_tiles(int64_t first_tile, int64_t last_tile, const Body& body) const {
+    int64_t start = 0;
+    for (int64_t t = 0; t < last_tile; ++t) {
+      const int width = tile_vectors(vectors_ - start);
+      if (t >= first_tile) body(start, width);
+      start += width;
+    }
+  }
+
+  // Sums of one vector of rows -> the low-rank activation.
+  void finish_low(int64_t row, int64_t j0, int64_t jn, const float* from, int64_t lanes) const {
+    const int64_t count = least(Vec::W, rows_ - row), bytes = size_of(task_.low.dtype);
+    const auto factor = Vec::set1(task_.low_factor);
+    typename Vec::F r[Vec::W];
+    for (int64_t j = 0; j < jn; j += Vec::W) {
+      const int64_t here = least(Vec::W, jn - j);
+      for (int64_t i = 0; i < Vec::W; ++i) r[i] = i < here ? Vec::load(from + (j + i) * lanes) : Vec::zero();
+      Vec::transpose(r);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t to = first_row_ + row + i;
+        auto value = Vec::mul(r[i], factor);
+        if (task_.low_mask.data != nullptr) {
+          float mask[Vec::W] = {};
+          read_row(task_.low_mask, to, j0 + j, here, mask);
+          value = Vec::mul(value, Vec::load(mask));
+        }
+        alignas(64) char wide[4 * Vec::W];
+        Vec::store_as(wide, task_.low.dtype, 0, value);
+        copy_bytes(static_cast<char*>(task_.low_out) + (to * rank_ + j0 + j) * bytes, wide, here * bytes);
+      }
+    }
+  }
+
+  // Columns j0 .. of a small matrix from contraction c0, times a factor, as a panel.
+  void fill_small(const Rows& matrix, float factor, int64_t c0, int64_t cn, int64_t j0, int64_t jn, float* weights,
+                  int64_t stride) const {
+    Rows part = matrix;
+    part.data = task_.transposed ? at(matrix, c0, 0) : at(matrix, 0, c0);
+    (task_.transposed ? part.rows : part.cols) = cn;
+    if (task_.transposed) {
+      Kernel::fill_gradient_tail(part, factor, j0, jn, weights, stride);
+    } else {
+      Kernel::fill_forward_tail(part, factor, j0, jn, weights, stride);
+    }
   }
 
   static void pack_units(const Rows& x, int64_t first, int64_t count, int64_t cols, float* to, int64_t lanes) {
@@ -295,16 +394,9 @@ class Multiply {
   }
 
   void fill_tail(int64_t j0, int64_t jn, float* weights, int64_t stride, int64_t done) const {
-    Rows part = task_.tail;
     const int64_t r0 = done * Kernel::kPerUnit;
-    const int64_t rn = least(most_units() * Kernel::kPerUnit, rank_ - r0);
-    part.data = task_.transposed ? at(part, r0, 0) : at(part, 0, r0);
-    (task_.transposed ? part.rows : part.cols) = rn;
-    if (task_.transposed) {
-      Kernel::fill_gradient_tail(part, task_.strength, j0, jn, weights, stride);
-    } else {
-      Kernel::fill_forward_tail(part, task_.strength, j0, jn, weights, stride);
-    }
+    fill_small(task_.tail, task_.strength, r0, least(most_units() * Kernel::kPerUnit, rank_ - r0), j0, jn, weights,
+               stride);
   }
 
   // Decoded weights: `jn` outputs from j0, `un` units of the contraction from u.

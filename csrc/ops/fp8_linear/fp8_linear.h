@@ -17,6 +17,12 @@ struct LinearTask {
   Rows low;   // the low-rank activation [M, R]; no data: none
   Rows tail;
   float strength = 0.0f;
+  // With data here `low` is made first, at `low_out`, which is where low.data points to: x * low_from, times low_factor
+  // and the mask, rounded once to low's dtype. Forward: low_from = down [R, C]^T; input gradient: up [C, R].
+  Rows low_from;
+  Rows low_mask;  // [M, R], or no data
+  float low_factor = 1.0f;
+  void* low_out = nullptr;
   void* out = nullptr;  // rows of J, contiguous
   Dtype out_dtype = Dtype::f32;
   int threads = 1;

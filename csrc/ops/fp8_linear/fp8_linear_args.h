@@ -31,4 +31,17 @@ inline LinearTask linear_task_of(bool transposed,  //
   return task;
 }
 
+// `low` of this task is made first, from a small matrix and with an optional mask [M, R] of low's dtype; 0: it is not.
+inline void make_low_from(LinearTask* task, int64_t low_from, int64_t stride, int64_t dtype, int64_t mask,
+                          double factor) {
+  if (low_from == 0) return;
+  Rows& low = task->low;
+  const int64_t contraction = task->x.cols;
+  task->low_from = task->transposed ? rows_of(low_from, contraction, low.cols, stride, dtype)
+                                    : rows_of(low_from, low.cols, contraction, stride, dtype);
+  if (mask != 0) task->low_mask = {pointer(mask), low.rows, low.cols, low.cols, low.dtype};
+  task->low_factor = static_cast<float>(factor);
+  task->low_out = const_cast<void*>(low.data);
+}
+
 }  // namespace musubi

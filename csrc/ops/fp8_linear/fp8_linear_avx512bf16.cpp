@@ -317,8 +317,7 @@ class PairLanes {
 void linear(const LinearTask& task) {
   const bool pairs = task.x.dtype == Dtype::bf16 && (task.low.data == nullptr || task.low.dtype == Dtype::bf16);
   if (!pairs) return avx512vbmi::linear(task);  // the same code, compiled once
-  if (has_few_rows(task)) return linear_few_rows<PairLanes>(task);
-  Multiply<PairKernel>(task).run();
+  linear_by<PairLanes, PairKernel>(task);
 }
 
 }  // namespace MUSUBI_ISA

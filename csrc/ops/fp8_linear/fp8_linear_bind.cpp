@@ -11,10 +11,13 @@ void linear(int64_t isa, bool transposed, int64_t threads,                      
             int64_t codes, int64_t w_rows, int64_t w_cols, int64_t w_stride, int64_t scale,              //
             int64_t scale_row, int64_t scale_block, int64_t block, int64_t scale_dtype, int64_t format,  //
             int64_t bias, int64_t bias_dtype, int64_t low, int64_t low_stride, int64_t low_dtype, int64_t tail,
-            int64_t tail_stride, int64_t tail_dtype, int64_t rank, double strength, int64_t out, int64_t out_dtype) {
+            int64_t tail_stride, int64_t tail_dtype, int64_t rank, double strength, int64_t low_from,
+            int64_t low_from_stride, int64_t low_from_dtype, int64_t mask, double low_factor, int64_t out,
+            int64_t out_dtype) {
   LinearTask task = linear_task_of(transposed, x, x_rows, x_cols, x_stride, x_dtype, codes, w_rows, w_cols, w_stride,
                                    scale, scale_row, scale_block, block, scale_dtype, format, bias, bias_dtype, low,
                                    low_stride, low_dtype, tail, tail_stride, tail_dtype, rank, strength, out);
+  make_low_from(&task, low_from, low_from_stride, low_from_dtype, mask, low_factor);
   task.threads = static_cast<int>(threads);
   task.out_dtype = dtype_of(out_dtype);
   const LinearKernel kernel = linear_kernel(isa_of(isa));
@@ -37,7 +40,8 @@ class Prepared {
   }
 
   void run(int64_t threads, int64_t x, int64_t rows, int64_t codes, int64_t scale, int64_t bias, int64_t bias_dtype,
-           int64_t low, int64_t rank, int64_t tail, int64_t tail_dtype, double strength, int64_t out) const {
+           int64_t low, int64_t rank, int64_t tail, int64_t tail_dtype, double strength, int64_t low_from,
+           int64_t low_from_dtype, int64_t mask, double low_factor, int64_t out) const {
     LinearTask task = task_;
     task.threads = static_cast<int>(threads);
     task.x.data = pointer(x);
@@ -50,6 +54,7 @@ class Prepared {
       task.tail = task.transposed ? rows_of(tail, rank, task.w.cols, task.w.cols, tail_dtype)
                                   : rows_of(tail, task.w.rows, rank, rank, tail_dtype);
       task.strength = static_cast<float>(strength);
+      make_low_from(&task, low_from, task.transposed ? rank : task.x.cols, low_from_dtype, mask, low_factor);
     }
     task.out = pointer(out);
     pybind11::gil_scoped_release release;

@@ -424,10 +424,15 @@ void linear_few_rows(const LinearTask& task) {
   if constexpr (W >= 16) return FewRows<Lanes, W / 16>(task).run();
 }
 
-inline void linear_in_floats(const LinearTask& task) {
-  if (has_few_rows(task)) return linear_few_rows<FloatLanes>(task);
-  Multiply<FloatKernel>(task).run();
+// The product by the form that its rows of x take.
+template <class Lanes, class Kernel>
+void linear_by(const LinearTask& task) {
+  if (!has_few_rows(task)) return Multiply<Kernel>(task).run();
+  if (task.low_from.data != nullptr) Multiply<Kernel>(task).make_low();
+  linear_few_rows<Lanes>(task);
 }
+
+inline void linear_in_floats(const LinearTask& task) { linear_by<FloatLanes, FloatKernel>(task); }
 
 }  // namespace
 }  // namespace MUSUBI_ISA

@@ -74,10 +74,10 @@ struct Problem {
   }
 };
 
-// Relative norm of the error of `isa` on the problem.
-double error_of(Problem& p, Isa isa, int threads) {
-  Numbers out(p.c.m * p.out_cols, p.c.x_dtype);
-  for (int64_t i = 0; i < out.count(); ++i) std::memset(out.data() + i * size_of(out.dtype()), 0xff, 2);
+double tolerance(Dtype dtype) { return dtype == Dtype::f32 ? 1e-6 : dtype == Dtype::bf16 ? 4e-3 : 5e-4; }
+
+// The problem as a kernel gets it, but for the result's address.
+musubi::LinearTask task_of(Problem& p, int threads) {
   musubi::LinearTask task;
   task.x = {p.x.data(), p.c.m, p.in, p.x_stride, p.c.x_dtype};
   task.w = {p.codes.data(), p.c.n,   p.c.k,           p.w_stride, p.scale.data(), p.c.block < 0 ? 0 : p.blocks,
@@ -90,9 +90,17 @@ double error_of(Problem& p, Isa isa, int threads) {
                  p.c.transposed ? p.c.k : p.c.rank, Dtype::f32};
     task.strength = 0.5f;
   }
-  task.out = out.data();
   task.out_dtype = p.c.x_dtype;
   task.threads = threads;
+  return task;
+}
+
+// Relative norm of the error of `isa` on the problem.
+double error_of(Problem& p, Isa isa, int threads) {
+  Numbers out(p.c.m * p.out_cols, p.c.x_dtype);
+  for (int64_t i = 0; i < out.count(); ++i) std::memset(out.data() + i * size_of(out.dtype()), 0xff, 2);
+  musubi::LinearTask task = task_of(p, threads);
+  task.out = out.data();
   musubi::linear_kernel(isa)(task);
   double wrong = 0.0, whole = 1e-30;
   for (int64_t i = 0; i < out.count(); ++i) {
@@ -104,7 +112,47 @@ double error_of(Problem& p, Isa isa, int threads) {
   return std::sqrt(wrong / whole);
 }
 
-double tolerance(Dtype dtype) { return dtype == Dtype::f32 ? 1e-6 : dtype == Dtype::bf16 ? 4e-3 : 5e-4; }
+// The low-rank activation that the product makes itself: right, and then the same product as with it given.
+void made_low(const Case& c, Isa isa, int threads, bool masked, uint64_t seed) {
+  Problem p(c, seed);
+  Random random(seed);
+  Numbers small(p.in * c.rank, seed % 2 == 0 ? Dtype::f32 : c.x_dtype), mask(c.m * c.rank, c.x_dtype);
+  Numbers low(c.m * c.rank, c.x_dtype), given(c.m * p.out_cols, c.x_dtype), made(c.m * p.out_cols, c.x_dtype);
+  small.fill(random, 1.0);
+  for (int64_t i = 0; i < mask.count(); ++i) mask.set(i, random.bits() % 3 == 0 ? 0.0 : 1.5);
+  musubi::LinearTask task = task_of(p, threads);
+  task.low_from = {small.data(), c.transposed ? p.in : c.rank, c.transposed ? c.rank : p.in,
+                   c.transposed ? c.rank : p.in, small.dtype()};
+  if (masked) task.low_mask = {mask.data(), c.m, c.rank, c.rank, c.x_dtype};
+  task.low_factor = 0.25f;
+  task.low.data = task.low_out = low.data();
+  task.out = made.data();
+  musubi::linear_kernel(isa)(task);
+  double wrong = 0.0, whole = 1e-30;
+  for (int64_t i = 0; i < c.m; ++i) {
+    for (int64_t r = 0; r < c.rank; ++r) {
+      double want = 0.0;
+      for (int64_t l = 0; l < p.in; ++l) {
+        want += p.x.get(i * p.x_stride + l) * small.get(c.transposed ? l * c.rank + r : r * p.in + l);
+      }
+      want *= 0.25 * (masked ? mask.get(i * c.rank + r) : 1.0);
+      const double miss = low.get(i * c.rank + r) - want;
+      wrong += std::isfinite(miss) ? miss * miss : 1e30;
+      whole += want * want;
+    }
+  }
+  const char* const way = c.transposed ? "dX" : "forward";
+  EXPECT(std::sqrt(wrong / whole) <= tolerance(c.x_dtype), "%s: low of M %d N %d K %d rank %d dtype %d %s: error %.3g",
+         name_of(isa), static_cast<int>(c.m), static_cast<int>(c.n), static_cast<int>(c.k), static_cast<int>(c.rank),
+         static_cast<int>(c.x_dtype), way, std::sqrt(wrong / whole));
+  task.low_from.data = nullptr;
+  task.out = given.data();
+  musubi::linear_kernel(isa)(task);
+  const size_t bytes = static_cast<size_t>(made.count() * size_of(made.dtype()));
+  EXPECT(std::memcmp(made.data(), given.data(), bytes) == 0, "%s: M %d N %d K %d rank %d %s: not as with low given",
+         name_of(isa), static_cast<int>(c.m), static_cast<int>(c.n), static_cast<int>(c.k), static_cast<int>(c.rank),
+         way);
+}
 
 void one(const Case& c, uint64_t seed) {
   Problem problem(c, seed);
@@ -170,6 +218,21 @@ void test_linear() {
         const int64_t rank = seed % 4 == 0 ? 0 : static_cast<int64_t>(seed % 4 * 5);
         one({s[0], s[1], s[2], s[3], rank, dtype, scale_dtype, format, transposed}, seed);
         ++seed;
+      }
+    }
+  }
+  const int64_t made[][4] = {{1, 30, 128, 7},   {5, 9, 70, 16},   {16, 40, 192, 3},   {17, 33, 64, 8},
+                             {70, 20, 520, 32}, {131, 7, 99, 25}, {64, 50, 128, 200}, {130, 24, 1100, 5}};
+  for (const auto& s : made) {
+    for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
+      for (bool transposed : {false, true}) {
+        for (int i = 0; i < musubi::kIsaCount; ++i) {
+          const Isa isa = static_cast<Isa>(i);
+          if (!musubi::has(isa) || musubi::linear_kernel(isa) == nullptr) continue;
+          const Case c = {s[0], s[1], s[2], 0, s[3], dtype, Dtype::f32, Format::e4m3, transposed};
+          made_low(c, isa, seed % 2 == 0 ? 1 : 3, seed % 3 == 0, seed);
+          ++seed;
+        }
       }
     }
   }

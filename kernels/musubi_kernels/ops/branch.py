@@ -43,11 +43,23 @@ def backward(
     u = _times(flat, up.to(flat.dtype), strength)
     if mask is not None:
         u = u * folded(mask).to(flat.dtype)
-    ddown = _wide(u.t(), folded(x), down.dtype)
-    dup = _wide(flat.t(), h, up.dtype, strength)
+    ddown, dup = gradients(flat, x, h, u, down.dtype, up.dtype, strength)
     if product is None:
         return grad.new_empty((0,)), ddown, dup
     return product(flat, u).reshape(x.shape), ddown, dup
+
+
+def gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    h: torch.Tensor,
+    u: torch.Tensor,
+    down_dtype: torch.dtype,
+    up_dtype: torch.dtype,
+    strength: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(d(down) = u^T x, d(up) = s dY^T h) in their dtypes; grad [M, N] is contiguous."""
+    return _wide(u.t(), folded(x), down_dtype), _wide(grad.t(), h, up_dtype, strength)
 
 
 def _times(a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -10,7 +10,19 @@ from musubi_kernels import _native
 
 NO_TAIL = (0, 0, 0, 0, 0, 0, 0)
 NO_LOW = (0, 0, 0, 0)
+NOT_MADE = (0, 0, 0, 1.0)
 _MOST_MADE: Final = 4096
+
+
+class Made(NamedTuple):
+    """How a product makes its low-rank activation first: x @ matrix^T (x @ matrix where transposed) * factor * mask.
+
+    matrix: down [R, K] of any floating dtype, or up [N, R] where transposed; mask: [M, R] in x's dtype, contiguous.
+    """
+
+    matrix: torch.Tensor
+    mask: torch.Tensor | None
+    factor: float
 
 
 def refuses(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, fmt: str) -> str | None:
@@ -46,13 +58,16 @@ def run(
     low: torch.Tensor | None = None,
     tail: torch.Tensor | None = None,
     strength: float = 0.0,
+    made: Made | None = None,
 ) -> torch.Tensor:
     """x @ W^T (or x @ W where `transposed`) + bias + strength * low @ tail, as [..., outputs] in x's dtype.
 
-    `low` [M, R] has x's dtype; `tail` is up^T as up [N, R], or down [R, K] where `transposed`.
+    `low` [M, R] has x's dtype; `tail` is up^T as up [N, R], or down [R, K] where `transposed`. With `made`, `low` is
+    contiguous and filled first: the rows of x that are packed for the product serve both.
     """
-    if _all_contiguous(x, q, scale, bias, low, tail) and x.shape[-1] and q.numel():
-        return _run_prepared(x, q, scale, fmt, bias, transposed, low, tail, strength)
+    matrix = made.matrix if made is not None else None
+    if _all_contiguous(x, q, scale, bias, low, tail, matrix) and x.shape[-1] and q.numel():
+        return _run_prepared(x, q, scale, fmt, bias, transposed, low, tail, strength, made)
     codes = _native.matrix(q)
     flat = _native.matrix(x)
     outputs = q.shape[1] if transposed else q.shape[0]
@@ -66,6 +81,11 @@ def run(
         low, tail = _native.matrix(low), _native.matrix(tail)
         address, _, rank, stride, dtype = _native.rows(low)
         tail_args = (address, stride, dtype, tail.data_ptr(), tail.stride(0), _native.DTYPE_CODES[tail.dtype], rank)
+    made_args: tuple[Any, ...] = (0, *NOT_MADE)
+    if made is not None:
+        matrix = _native.matrix(made.matrix)
+        mask = 0 if made.mask is None else made.mask.data_ptr()
+        made_args = (matrix.data_ptr(), matrix.stride(0), _native.DTYPE_CODES[matrix.dtype], mask, made.factor)
     _native.module().linear(
         _native.isa(),
         transposed,
@@ -75,6 +95,7 @@ def run(
         *bias_args,
         *tail_args,
         strength,
+        *made_args,
         y.data_ptr(),
         _native.DTYPE_CODES[y.dtype],
     )
@@ -102,6 +123,7 @@ def _run_prepared(
     low: torch.Tensor | None,
     tail: torch.Tensor | None,
     strength: float,
+    made_low: Made | None,
 ) -> torch.Tensor:
     """`run` on contiguous matrices, without the conversions that only strides need."""
     module, shape = _native.module(), q.shape
@@ -117,11 +139,15 @@ def _run_prepared(
         )
     inputs, outputs = shape if transposed else shape[::-1]
     y = x.new_empty((*x.shape[:-1], outputs))
-    bias_args, low_args = _native.ABSENT, NO_LOW
+    bias_args, low_args, made_args = _native.ABSENT, NO_LOW, NOT_MADE
     if bias is not None:
         bias_args = (bias.data_ptr(), _native.DTYPE_CODES[bias.dtype])
     if low is not None and tail is not None:
         low_args = (low.data_ptr(), low.shape[1], tail.data_ptr(), _native.DTYPE_CODES[tail.dtype])
+    if made_low is not None:
+        matrix, mask, factor = made_low
+        mask_at = 0 if mask is None else mask.data_ptr()
+        made_args = (matrix.data_ptr(), _native.DTYPE_CODES[matrix.dtype], mask_at, factor)
     made.run(
         torch.get_num_threads(),
         x.data_ptr(),
@@ -131,6 +157,7 @@ def _run_prepared(
         *bias_args,
         *low_args,
         strength,
+        *made_args,
         y.data_ptr(),
     )
     return y

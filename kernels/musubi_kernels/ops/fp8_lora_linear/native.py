@@ -1,6 +1,7 @@
-"""`fp8_lora_linear` in the compiled module: the rank is appended to the contraction of the big product.
+"""`fp8_lora_linear` in the compiled module: one pass makes the low-rank activation from the rows that the big product
+packs, and appends its rank to the contraction.
 
-The rest of the branch is in `ops/branch.py`.
+The gradients of the two small matrices are `ops/branch.py`'s.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from musubi_kernels import _native
 from musubi_kernels.ops import branch
 from musubi_kernels.ops.fp8_linear import native as base
+from musubi_kernels.ops.fp8_linear.reference import folded
 
 
 def refuses(
@@ -40,10 +42,21 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y [..., N], masked low-rank activation [M, R]), both in x's dtype."""
 
-    def product(h: torch.Tensor) -> torch.Tensor:
-        return base.run(x, q, scale, fmt, bias=bias, transposed=False, low=h, tail=up, strength=strength)
+    def product(h: torch.Tensor, made: base.Made | None = None) -> torch.Tensor:
+        return base.run(x, q, scale, fmt, bias=bias, transposed=False, low=h, tail=up, strength=strength, made=made)
 
-    return branch.forward(x, down, mask, product)
+    if down.numel() == 0:
+        return branch.forward(x, down, mask, product)
+    h, made = _made(x, down, down.shape[0], mask, 1.0)
+    return product(h, made), h
+
+
+def _made(
+    x: torch.Tensor, matrix: torch.Tensor, rank: int, mask: torch.Tensor | None, factor: float
+) -> tuple[torch.Tensor, base.Made]:
+    """An empty low-rank activation [M, R], and how the product that is given both fills it."""
+    wide = None if mask is None else folded(mask).to(x.dtype).contiguous()
+    return x.new_empty((x.numel() // x.shape[-1], rank)), base.Made(matrix, wide, factor)
 
 
 def refuses_backward(
@@ -78,7 +91,12 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dX or an empty tensor, d(down), d(up)), as the reference's."""
 
-    def product(flat: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        return base.run(flat, q, scale, fmt, bias=None, transposed=True, low=u, tail=down, strength=1.0)
+    def product(flat: torch.Tensor, u: torch.Tensor, made: base.Made | None = None) -> torch.Tensor:
+        return base.run(flat, q, scale, fmt, bias=None, transposed=True, low=u, tail=down, strength=1.0, made=made)
 
-    return branch.backward(grad, x, h, down, up, mask, strength, product if need_x else None)
+    if not need_x or up.numel() == 0:
+        return branch.backward(grad, x, h, down, up, mask, strength, product if need_x else None)
+    flat = folded(grad).contiguous()
+    u, made = _made(flat, up, up.shape[1], mask, strength)
+    dx = product(flat, u, made).reshape(x.shape)
+    return dx, *branch.gradients(flat, x, h, u, down.dtype, up.dtype, strength)
