@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, module) {
   musubi::bind_fp8_linear_call(module);
   musubi::bind_fp8_linear_dynamic(module);
   musubi::bind_fp8_quantize(module);
+  musubi::bind_fp8_dequantize_call(module);
 #ifdef MUSUBI_CUDA_TARGETS
   auto cuda = module.def_submodule("cuda", "The bodies for CUDA devices. Importing it asks for no driver.");
   cuda.attr("targets") = MUSUBI_CUDA_TARGETS;

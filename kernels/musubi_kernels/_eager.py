@@ -62,6 +62,16 @@ def _watched_by() -> Callable[[], bool]:
 _watched: Final = _watched_by()
 
 
+def torch_calls() -> tuple[Any, tuple[Any, ...]] | None:
+    """The compiled module, and what it needs of torch to serve calls whole: torch's table of C functions for DLPack
+    (torch 2.10 and newer) first. None where one of them is missing."""
+    module, _ = _native.load()
+    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if module is None or exchange is None or WATCHERS is None:
+        return None
+    return module, (exchange, tuple(_PLAIN), WATCHERS, torch.get_num_threads, torch.Tensor.new_empty)
+
+
 def free(*tensors: torch.Tensor | None) -> bool:
     """Whether a call with these tensors may go to a body directly."""
     if torch.compiler.is_compiling() or _watched():

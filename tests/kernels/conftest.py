@@ -17,6 +17,7 @@ from musubi_kernels import _native
 from musubi_kernels._backends import missing
 from musubi_kernels._op import OPS
 from musubi_kernels.ops.fp8_linear import call
+from musubi_kernels.ops.fp8_quantize import call as dequantize_call
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +26,7 @@ def unsettled() -> None:
     for op in OPS.values():
         op.forget()
     call.forget()
+    dequantize_call.forget()
 
 
 @pytest.fixture(params=bodies())

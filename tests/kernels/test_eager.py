@@ -21,6 +21,7 @@ from musubi_kernels import (
 from musubi_kernels._formats import Mode
 from musubi_kernels._op import OPS
 from musubi_kernels.ops.fp8_linear import call as forward
+from musubi_kernels.ops.fp8_quantize import call as conversion
 
 N, K, RANK = 20, 128, 4
 Call = Callable[[dict[str, torch.Tensor]], torch.Tensor]
@@ -305,3 +306,78 @@ def test_whoever_watches_sees_the_call(learnt: dict[str, torch.Tensor], monkeypa
         patch.setenv("MUSUBI_KERNELS", "reference")
         assert forward.whole(*args) is None
     assert forward.whole(*args) is not None
+
+
+@pytest.mark.parametrize("mode", ["block", "channel", "tensor"])
+@pytest.mark.parametrize("fmt", ["e4m3", "e5m2"])
+def test_a_whole_dequantisation_gives_what_python_gives(
+    native: None, monkeypatch: pytest.MonkeyPatch, operator_calls: list[str], mode: Mode, fmt: str
+) -> None:
+    q, scale = quantize_fp8(torch.randn(9, 96).bfloat16(), mode=mode, block_size=32, fmt=fmt)
+    dequantize_fp8(q, scale)
+    served = conversion.whole(q[2:], scale if mode == "tensor" else scale[2:])
+    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        assert served is not None
+    monkeypatch.setattr(conversion, "whole", lambda *_: None)
+    through = dequantize_fp8(q, scale)
+    wide = dequantize_fp8(q, scale, dtype=torch.float32)
+    assert operator_calls == []
+    assert through.dtype == torch.bfloat16
+    assert torch.equal(wide.bfloat16(), through)
+    if served is not None:
+        assert torch.equal(served, through[2:])
+    monkeypatch.setattr(_eager, "free", lambda *_: False)
+    assert torch.equal(dequantize_fp8(q, scale), through)
+    assert operator_calls == ["fp8_dequantize"]
+
+
+@pytest.fixture
+def converted(native: None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight whose dequantisation the compiled module serves whole."""
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        pytest.skip("this torch has no C table for DLPack")
+    q, scale = quantize_fp8(torch.randn(N, K).bfloat16())
+    dequantize_fp8(q, scale)
+    assert conversion.whole(q, scale) is not None
+    return q, scale
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, scale: (q.view(torch.uint8), scale),
+        lambda q, scale: (q[:, :64], scale[:, :1]),
+        lambda q, scale: (q.flatten(), scale[0, 0, 0]),
+        lambda q, scale: (q.to("meta"), scale),
+        lambda q, scale: (q, scale[:3]),
+        lambda q, scale: (q, scale.double()),
+        lambda q, scale: (q[:, :127].contiguous(), scale),
+        lambda q, scale: (q[:0], scale[:0]),
+        lambda q, scale: (q.as_subclass(Subclass), scale),
+        lambda q, scale: (q, None),
+    ],
+)
+def test_a_dequantisation_that_is_not_plain_goes_on_in_python(
+    converted: tuple[torch.Tensor, torch.Tensor], change: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    assert conversion.whole(*change(*converted)) is None
+
+
+def test_whoever_watches_sees_the_dequantisation(
+    converted: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        dequantize_fp8(*converted)
+    assert "musubi_kernels::fp8_dequantize" in {row.key for row in profile.key_averages()}
+    with Recorder() as recorder:
+        dequantize_fp8(*converted)
+    assert "musubi_kernels.fp8_dequantize.default" in recorder.seen
+    monkeypatch.setenv("MUSUBI_KERNELS", "reference")
+    assert conversion.whole(*converted) is None
+    with pytest.raises(ValueError, match="an FP8 weight is"):
+        dequantize_fp8(converted[0].view(torch.uint8), converted[1])
+    scale = converted[1].clone().requires_grad_()
+    monkeypatch.undo()
+    served = conversion.whole(converted[0], scale)
+    assert served is not None
+    assert not served.requires_grad

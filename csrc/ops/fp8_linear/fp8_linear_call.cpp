@@ -4,18 +4,14 @@
 // nothing is in cache: 0.2 ms, a quarter of what a layer of 3072 x 3072 takes. What is served here was checked by
 // Python once (`learn`); whatever differs, and whatever watches calls or wants a gradient, gets None and goes on in
 // Python.
-#include "ops/fp8_linear/fp8_linear_call.h"
-
-#include <pybind11/pybind11.h>
-
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <string>
-#include <vector>
+#include <utility>
 
 #include "bind.h"
 #include "common/check.h"
+#include "common/torch_calls.h"
 #include "ops/fp8_linear/fp8_linear.h"
 
 namespace py = pybind11;
@@ -23,7 +19,6 @@ namespace py = pybind11;
 namespace musubi {
 namespace {
 
-constexpr int kMostDims = 8;
 constexpr size_t kMostKnown = 4096;
 
 // What checks and choice look at, apart from addresses and rows of x. Compared as bytes.
@@ -33,56 +28,18 @@ struct Key {
   bool operator<(const Key& other) const { return std::memcmp(this, &other, sizeof(Key)) < 0; }
 };
 
-int32_t kind_of(const TensorView& t) { return t.kind << 8 | t.bits; }
-
-bool dtype_of_kind(int32_t kind, Dtype* out) {
-  switch (kind) {
-    case 2 << 8 | 32:
-      *out = Dtype::f32;
-      return true;
-    case 4 << 8 | 16:
-      *out = Dtype::bf16;
-      return true;
-    case 2 << 8 | 16:
-      *out = Dtype::f16;
-      return true;
-    default:
-      return false;
-  }
-}
-
-const char* address(const TensorView& t) { return static_cast<const char*>(t.data) + t.byte_offset; }
-
-bool contiguous(const TensorView& t) {
-  int64_t expected = 1;
-  for (int i = t.dims; i-- > 0;) {
-    if (t.shape[i] != 1 && t.strides != nullptr && t.strides[i] != expected) return false;
-    expected *= t.shape[i];
-  }
-  return expected > 0;
-}
-
-class Call {
+class Call : TorchCalls {
  public:
-  // Everything of torch that a call asks. `watchers` give None, False or 0 where nothing watches.
-  Call(const py::capsule& exchange, py::tuple types, py::tuple watchers, py::object is_grad_enabled,
-       py::object is_autocast_enabled, py::object get_num_threads, py::object new_empty)
-      : types_(std::move(types)),
-        watchers_(std::move(watchers)),
+  Call(const py::capsule& exchange, py::tuple types, py::tuple watchers, py::object get_num_threads,
+       py::object new_empty, py::object is_grad_enabled, py::object is_autocast_enabled)
+      : TorchCalls(exchange, std::move(types), std::move(watchers), std::move(get_num_threads), std::move(new_empty)),
         is_grad_enabled_(std::move(is_grad_enabled)),
-        is_autocast_enabled_(std::move(is_autocast_enabled)),
-        get_num_threads_(std::move(get_num_threads)),
-        new_empty_(std::move(new_empty)) {
-    exchange_ = static_cast<const TensorExchange*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
-    if (exchange_ == nullptr) throw py::error_already_set();
-    require(exchange_->major == 1 && exchange_->view != nullptr, "the DLPack exchange API must be 1.x",
-            exchange_->major);
-  }
+        is_autocast_enabled_(std::move(is_autocast_enabled)) {}
 
   // The product, or None where Python has to look.
   py::object run(py::handle x, py::handle q, py::handle scale, py::handle bias) {
     const py::handle given[] = {x, q, scale, bias};
-    if (!plain(given) || watched() || wants_gradient(given) || truth(is_autocast_enabled_.ptr(), cpu_.ptr())) {
+    if (!free(given, 4) || wants_gradient(given) || truth(is_autocast_enabled_.ptr(), cpu_.ptr())) {
       return py::none();
     }
     Views views;
@@ -96,20 +53,14 @@ class Call {
     py::tuple shape(dims);
     for (int i = 0; i + 1 < dims; ++i) shape[i] = views.x.shape[i];
     shape[dims - 1] = key.n;
-    py::object y = py::reinterpret_steal<py::object>(
-        PyObject_CallFunctionObjArgs(new_empty_.ptr(), x.ptr(), shape.ptr(), nullptr));
-    if (!y) throw py::error_already_set();
-    TensorView out;
-    if (exchange_->view(y.ptr(), &out) != 0) throw py::error_already_set();
-    task.out = out.data;
-    task.x.data = address(views.x);
+    py::object y = new_empty(x, shape, &task.out);
+    task.x.data = views.x.address();
     task.x.rows = 1;
     for (int i = 0; i + 1 < dims; ++i) task.x.rows *= views.x.shape[i];
-    task.w.codes = reinterpret_cast<const uint8_t*>(address(views.q));
-    task.w.scale = address(views.scale);
-    if (!bias.is_none()) task.bias.data = address(views.bias);
-    task.threads = static_cast<int>(
-        PyLong_AsLong(py::reinterpret_steal<py::object>(PyObject_CallNoArgs(get_num_threads_.ptr())).ptr()));
+    task.w.codes = reinterpret_cast<const uint8_t*>(views.q.address());
+    task.w.scale = views.scale.address();
+    if (!bias.is_none()) task.bias.data = views.bias.address();
+    task.threads = threads();
     {
       py::gil_scoped_release release;
       kernel(task);
@@ -122,24 +73,20 @@ class Call {
     const py::handle given[] = {x, q, scale, bias};
     Views views;
     Key key;
-    if (!plain(given) || !look(given, &views, &key)) return;
+    if (!look(given, &views, &key)) return;
     if (settings_changed() || known_.size() >= kMostKnown) known_.clear();
     settings_ = settings();
     Known known;
     known.kernel = linear_kernel(isa_of(isa));
     LinearTask& task = known.task;
-    if (!dtype_of_kind(key.x_kind, &task.x.dtype) || !dtype_of_kind(key.scale_kind, &task.w.scale_dtype)) return;
+    Dtype scale_dtype;
+    if (!dtype_of_type(key.x_kind, &task.x.dtype) || !dtype_of_type(key.scale_kind, &scale_dtype)) return;
     task.out_dtype = task.x.dtype;
     task.x.cols = task.x.stride = key.k;
-    task.w.rows = key.n;
-    task.w.cols = task.w.stride = key.k;
-    task.w.block = key.scale_dims == 3 ? key.k / key.blocks : key.k;
-    task.w.scale_block = key.scale_dims == 3 ? 1 : 0;
-    task.w.scale_row = key.scale_dims == 3 ? key.blocks : key.scale_dims == 2 ? 1 : 0;
-    task.w.format = key.w_kind == (10 << 8 | 8) ? Format::e4m3 : Format::e5m2;
+    task.w = weight_of(views.q, views.scale, scale_dtype);
     if (key.bias >= 0) {
       task.bias = {nullptr, 1, key.n, 0, Dtype::f32};
-      if (!dtype_of_kind(key.bias_kind, &task.bias.dtype)) return;
+      if (!dtype_of_type(key.bias_kind, &task.bias.dtype)) return;
     }
     known_[key] = known;
   }
@@ -155,31 +102,6 @@ class Call {
     TensorView x, q, scale, bias;
   };
 
-  bool plain(const py::handle (&given)[4]) const {
-    for (int i = 0; i < 4; ++i) {
-      if (i == 3 && given[i].is_none()) continue;
-      bool known = false;
-      for (const py::handle type : types_)
-        known = known || reinterpret_cast<PyObject*>(Py_TYPE(given[i].ptr())) == type.ptr();
-      if (!known) return false;
-    }
-    return true;
-  }
-
-  static bool truth(PyObject* function, PyObject* argument) {
-    const py::object answer = py::reinterpret_steal<py::object>(
-        argument == nullptr ? PyObject_CallNoArgs(function) : PyObject_CallOneArg(function, argument));
-    if (!answer) throw py::error_already_set();
-    return PyObject_IsTrue(answer.ptr()) != 0;
-  }
-
-  bool watched() const {
-    for (const py::handle watcher : watchers_) {
-      if (truth(watcher.ptr(), nullptr)) return true;
-    }
-    return false;
-  }
-
   bool wants_gradient(const py::handle (&given)[4]) const {
     if (!truth(is_grad_enabled_.ptr(), nullptr)) return false;
     for (const py::handle each : given) {
@@ -191,49 +113,25 @@ class Call {
     return false;
   }
 
-  bool view(py::handle tensor, TensorView* out) const {
-    if (exchange_->view(tensor.ptr(), out) != 0) {
-      PyErr_Clear();
-      return false;
-    }
-    return out->device_type == 1 && out->lanes == 1 && out->dims <= kMostDims && contiguous(*out);
-  }
-
   // False where a tensor is none that the body takes as it is.
   bool look(const py::handle (&given)[4], Views* views, Key* key) const {
     std::memset(static_cast<void*>(key), 0, sizeof(Key));
     if (!view(given[0], &views->x) || !view(given[1], &views->q) || !view(given[2], &views->scale)) return false;
     const TensorView &x = views->x, &q = views->q, &scale = views->scale;
-    const int32_t kind = kind_of(q);
-    if (x.dims < 1 || q.dims != 2 || (kind != (10 << 8 | 8) && kind != (12 << 8 | 8))) return false;
-    if (x.shape[x.dims - 1] != q.shape[1]) return false;
-    *key = Key{q.shape[0],     q.shape[1], scale.dims > 1 ? scale.shape[1] : 1, scale.dims, -1, kind_of(x), kind,
-               kind_of(scale), 0};
-    const bool fits = scale.dims == 3   ? scale.shape[0] == key->n && scale.shape[2] == 1
-                      : scale.dims == 2 ? scale.shape[0] == key->n && scale.shape[1] == 1
-                                        : scale.dims == 0 || scale.shape[0] == 1;
-    if (!fits || key->k % key->blocks != 0) return false;
+    if (x.dims < 1 || q.dims != 2 || (q.type() != kE4m3Type && q.type() != kE5m2Type)) return false;
+    if (x.shape[x.dims - 1] != q.shape[1] || !scales_fit(scale, q.shape[0], q.shape[1])) return false;
+    *key = Key{q.shape[0],   q.shape[1], scale.dims == 3 ? scale.shape[1] : 1, scale.dims, -1, x.type(), q.type(),
+               scale.type(), 0};
     if (given[3].is_none()) return true;
     if (!view(given[3], &views->bias) || views->bias.dims != 1 || views->bias.shape[0] != key->n) return false;
     key->bias = key->n;
-    key->bias_kind = kind_of(views->bias);
+    key->bias_kind = views->bias.type();
     return true;
-  }
-
-  static std::string settings() {
-    std::string all;
-    for (const char* name : {"MUSUBI_KERNELS", "MUSUBI_KERNELS_ISA", "TRITON_INTERPRET"}) {
-      const char* const value = std::getenv(name);
-      all.append(value == nullptr ? "" : value).push_back('\n');
-    }
-    return all;
   }
 
   bool settings_changed() const { return settings_ != settings(); }
 
-  const TensorExchange* exchange_ = nullptr;
-  py::tuple types_, watchers_;
-  py::object is_grad_enabled_, is_autocast_enabled_, get_num_threads_, new_empty_;
+  py::object is_grad_enabled_, is_autocast_enabled_;
   const py::str cpu_{"cpu"}, requires_grad_{"requires_grad"};
   std::string settings_;
   std::map<Key, Known> known_;

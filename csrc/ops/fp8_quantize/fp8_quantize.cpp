@@ -1,5 +1,7 @@
 #include "ops/fp8_quantize/fp8_quantize.h"
 
+#include "common/pages.h"
+
 namespace musubi {
 
 QuantizeKernel quantize_kernel(Isa isa) {
@@ -36,6 +38,13 @@ DequantizeKernel dequantize_kernel(Isa isa) {
     default:
       return nullptr;
   }
+}
+
+void dequantize_anew(DequantizeKernel kernel, DequantizeTask task) {
+  const int64_t bytes = task.w.rows * task.w.cols * size_of(task.out_dtype);
+  prepare_pages(task.out, bytes);
+  task.stream = better_streamed(task.out, bytes);
+  kernel(task);
 }
 
 }  // namespace musubi

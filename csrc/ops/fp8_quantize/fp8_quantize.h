@@ -34,6 +34,9 @@ using DequantizeKernel = void (*)(const DequantizeTask&);
 QuantizeKernel quantize_kernel(Isa isa);
 DequantizeKernel dequantize_kernel(Isa isa);
 
+// Into memory that may be new: with large pages where there are none yet, past the caches where that is better.
+void dequantize_anew(DequantizeKernel kernel, DequantizeTask task);
+
 namespace scalar {
 void quantize(const QuantizeTask& task);
 void dequantize(const DequantizeTask& task);

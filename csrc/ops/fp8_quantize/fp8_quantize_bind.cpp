@@ -37,9 +37,7 @@ void dequantize(int64_t isa, int64_t threads, int64_t codes, int64_t rows, int64
   task.threads = static_cast<int>(threads);
   const DequantizeKernel kernel = dequantize_kernel(isa_of(isa));
   pybind11::gil_scoped_release release;
-  prepare_pages(task.out, rows * cols * size_of(task.out_dtype));
-  task.stream = better_streamed(task.out, rows * cols * size_of(task.out_dtype));
-  kernel(task);
+  dequantize_anew(kernel, task);
 }
 
 }  // namespace

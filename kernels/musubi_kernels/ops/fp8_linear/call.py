@@ -17,20 +17,12 @@ from musubi_kernels import _eager, _native
 
 @functools.cache
 def _made() -> Any | None:
-    module, _ = _native.load()
-    exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if module is None or exchange is None or _eager.WATCHERS is None:
+    found = _eager.torch_calls()
+    if found is None:
         return None
+    module, torch_side = found
     try:
-        return module.Call(
-            exchange,
-            (torch.Tensor, torch.nn.Parameter),
-            _eager.WATCHERS,
-            torch.is_grad_enabled,
-            torch.is_autocast_enabled,
-            torch.get_num_threads,
-            torch.Tensor.new_empty,
-        )
+        return module.Call(*torch_side, torch.is_grad_enabled, torch.is_autocast_enabled)
     except ValueError:  # another major version of the table
         return None
 

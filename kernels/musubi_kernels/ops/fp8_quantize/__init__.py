@@ -23,7 +23,7 @@ from musubi_kernels._formats import (
     resolve_mode,
 )
 from musubi_kernels._op import Op
-from musubi_kernels.ops.fp8_quantize import cuda, native, reference, triton
+from musubi_kernels.ops.fp8_quantize import call, cuda, native, reference, triton
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -199,9 +199,25 @@ def dequantize_fp8(q: torch.Tensor, scale: torch.Tensor, *, dtype: torch.dtype |
 
     Raises ValueError where q is not FP8 or the scale's shape does not fit it.
     """
+    if not torch.compiler.is_dynamo_compiling() and (dtype is None or dtype == scale.dtype):
+        served = call.whole(q, scale)
+        if served is not None:
+            return served
     plan = _plan_dequantize(q, scale, dtype=dtype)
-    result: torch.Tensor = plan.op(*plan.args)
-    return result
+    w: torch.Tensor
+    if _eager.free(q, scale):
+        codes, scale, fmt, wanted = plan.args
+        key = (_eager.settings(), codes.device, scale.dtype, fmt, wanted)
+        body = DEQUANTIZE.settled(key)
+        if body is None:
+            body = DEQUANTIZE.settle(key, plan.args)
+            if body is native.dequantize:
+                call.learn()
+        if body is not None:
+            w = body(codes, scale, fmt, wanted)
+            return w
+    w = plan.op(*plan.args)
+    return w
 
 
 planned_by(quantize_fp8, _plan_quantize)
