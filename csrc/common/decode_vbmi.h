@@ -104,8 +104,13 @@ struct Decoder {
   // 64 codes as floats, in order. The codes are laid out so that the two halves of a word are 16 codes apart: shifting
   // them out takes another port than the look-ups.
   MUSUBI_INLINE void floats(__m512i codes, __m512* out) const {
+    const __m512i ordered = _mm512_permutexvar_epi8(_mm512_load_si512(kOrder), codes);
     __m512i lower, upper;
-    look_up(_mm512_permutexvar_epi8(_mm512_load_si512(kOrder), codes), &lower, &upper);
+#ifdef __AVX512BF16__
+    look_up(ordered, &lower, &upper);
+#else
+    look_up_twice(ordered, &lower, &upper);
+#endif
     const __m512i a = _mm512_unpacklo_epi8(lower, upper), b = _mm512_unpackhi_epi8(lower, upper);
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16));
@@ -163,6 +168,14 @@ class Codes {
     for (int v = 0; v < 4; ++v) {
       _mm512_mask_storeu_ps(out + i + 16 * v, static_cast<__mmask16>(first_words(count - i - 16 * v)), f[v]);
     }
+  }
+
+  // out[0 .. 64) = float(codes) * scale
+  MUSUBI_INLINE void floats(const uint8_t* codes, float scale, float* out) const {
+    __m512 f[4];
+    decoder_.floats(_mm512_loadu_si512(codes), _mm512_set1_ps(scale), f);
+    MUSUBI_UNROLL
+    for (int v = 0; v < 4; ++v) _mm512_storeu_ps(out + 16 * v, f[v]);
   }
 
   // out[0 .. count) = float(codes), and zeros up to 64. At most 64 codes.

@@ -25,6 +25,9 @@ class Codes {
     std::memcpy(out + i, wide, static_cast<size_t>(count - i) * 4);
   }
 
+  // out[0 .. 64) = float(codes) * scale
+  MUSUBI_INLINE void floats(const uint8_t* codes, float scale, float* out) const { floats(codes, 64, scale, out); }
+
   // out[0 .. count) = float(codes), and zeros up to a whole vector. At most 64 codes.
   MUSUBI_INLINE void padded(const uint8_t* codes, int64_t count, float* out) const {
     int64_t i = 0;

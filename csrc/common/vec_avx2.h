@@ -15,6 +15,7 @@ struct Vec {
   using F = __m256;
 
   static F zero() { return _mm256_setzero_ps(); }
+  static F fresh_zero() { return zero(); }
   static F set1(float a) { return _mm256_set1_ps(a); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F f) { _mm256_storeu_ps(p, f); }

@@ -16,6 +16,13 @@ struct Vec {
   using F = __m512;
 
   static F zero() { return _mm512_setzero_ps(); }
+  // Many zeros at once: GCC makes one and copies it, which takes the multipliers' ports; a register less itself is
+  // free.
+  static F fresh_zero() {
+    F f;
+    asm("vpxord %0, %0, %0" : "=v"(f));
+    return f;
+  }
   static F set1(float a) { return _mm512_set1_ps(a); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F f) { _mm512_storeu_ps(p, f); }

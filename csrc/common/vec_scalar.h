@@ -73,6 +73,7 @@ struct Vec {
   };
 
   static F zero() { return F{}; }
+  static F fresh_zero() { return zero(); }
   static F set1(float a) { return F{{a, a, a, a}}; }
   static F load(const float* p) {
     F f;

@@ -3,28 +3,19 @@
 // Lanes run over M. x is packed in tiles of V vectors of rows, [contraction][lanes], once per call; a panel of weights
 // is decoded, scaled and held in cache; the micro kernel keeps V x R sums in registers, loads V vectors of x and
 // broadcasts R weights per step. So the weight's bytes are decoded once per chunk of M, whatever M is, and no scalar
-// work depends on the layout of scales. A contraction unit is four bytes: one float, or two bf16.
+// work depends on the layout of scales. A contraction unit is four bytes: one float, or two bf16. Some tens of rows of
+// x do not pay for a panel: they meet the codes as they are stored, by a table of numbers.
 //
 // Sums are carried in float32 between contraction blocks, which also bounds the error of long float32 sums.
-#include <cstring>
-
 #include "common/pool.h"
 #include "common/scratch.h"
-#include "ops/fp8_linear/fp8_linear.h"
+#include "ops/fp8_linear/fp8_linear_floats-inl.h"
 
 namespace musubi {
 namespace MUSUBI_ISA {
 namespace {
 
 constexpr int64_t kChunkBytes = int64_t{14} << 20;  // packed x and the sums of a panel: M is done in chunks
-constexpr int64_t kCachedBytes = int64_t{1} << 20;  // packed rows up to this size stay in L2
-constexpr int64_t kSumsBytes = int64_t{768} << 10;  // sums of a panel up to this size stay there with it
-constexpr int64_t kMostUnits = 256;                 // contraction units per panel
-constexpr int64_t kMostOutputs = 192;               // outputs per panel
-constexpr int64_t kGroups = 24;                     // outputs that are whole groups, however wide the tile
-
-constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t round_up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
 
 // Rows of bytes whose lines are fetched a few rows at a time while something else is computed. All at once would have
 // to wait for one another: L1 has 10 to 16 buffers for lines under way.
@@ -48,115 +39,15 @@ struct Ahead {
   }
 };
 
-inline const void* at(const Rows& m, int64_t row, int64_t col) {
-  return static_cast<const char*>(m.data) + (row * m.stride + col) * size_of(m.dtype);
-}
+// What one micro kernel after another fetches for those to come.
+struct Fetches {
+  Ahead codes;  // of the next panel
+  Between x;    // the next tile's rows: all of x is too large for L2, and the first micro kernel would wait for L3
+  Ahead out;    // where this tile's results go
 
-inline void copy_bytes(void* to, const void* from, int64_t bytes) { std::memcpy(to, from, static_cast<size_t>(bytes)); }
-
-// A scale that all codes of an output share need not touch the weights: it multiplies the finished sum, which is exact
-// and cheaper. That holds for one scale per row in the forward and for one in all.
-inline bool scales_outputs(const LinearTask& task) {
-  return task.w.scale_block == 0 && (!task.transposed || task.w.scale_row == 0);
-}
-
-// The scale of block b of row n.
-inline float scale_at(const Fp8Rows& w, int64_t n, int64_t b) {
-  return Vec::one(w.scale, w.scale_dtype, n * w.scale_row + b * w.scale_block);
-}
-
-// out[0 .. k1 - k0) = row n of the weight from k0 to k1, each code times its scale; k0 is in block b.
-MUSUBI_INLINE void decode_row(const Fp8Rows& w, const Codes& codes, int64_t n, int64_t b, int64_t k0, int64_t k1,
-                              float* out) {
-  const uint8_t* row = w.codes + n * w.stride;
-  for (int64_t k = k0; k < k1; ++b) {
-    const int64_t end = least(k1, (b + 1) * w.block);
-    codes.floats(row + k, end - k, scale_at(w, n, b), out + (k - k0));
-    k = end;
-  }
-}
-
-// A row of any dtype as floats.
-inline void read_row(const Rows& m, int64_t row, int64_t c0, int64_t count, float* out) {
-  int64_t i = 0;
-  for (; i + Vec::W <= count; i += Vec::W) Vec::store(out + i, Vec::load_as(at(m, row, c0), m.dtype, i));
-  for (; i < count; ++i) out[i] = Vec::one(at(m, row, c0), m.dtype, i);
-}
-
-// The kernel that multiplies in float32: a unit is one float.
-struct FloatKernel {
-  static constexpr int64_t kPerUnit = 1;
-  static constexpr int64_t kForwardUnits = 128;  // with 48 rows of x that is half of L1
-  static constexpr int64_t kForwardStride = kForwardUnits + 16;
-
-  // Where all of x stays in L2 a narrow panel stays in L1; otherwise it is as wide as its sums allow, since every panel
-  // reads x again.
-  static int64_t outputs_per_panel(int64_t sums_bytes, int64_t x_bytes) {
-    if (x_bytes <= kCachedBytes) return 2 * kGroups;
-    const int64_t fits = kSumsBytes / sums_bytes / kGroups * kGroups;
-    return fits < 2 * kGroups ? 2 * kGroups : least(fits, kMostOutputs);
-  }
-
-  static typename Vec::F load_units(const void* row, Dtype dtype, int64_t unit) {
-    return Vec::load_as(row, dtype, unit);
-  }
-
-  // panel[j * stride + unit]: rows j0 .. of W from contraction c0.
-  static void fill_forward(const Fp8Rows& w, int64_t j0, int64_t jn, int64_t c0, int64_t cn, float* panel,
-                           int64_t stride) {
-    const Codes codes(w.format);
-    const int64_t b = c0 / w.block;  // a division costs more than decoding a block
-    for (int64_t j = 0; j < jn; ++j) decode_row(w, codes, j0 + j, b, c0, c0 + cn, panel + j * stride);
-  }
-
-  // panel[unit * stride + j]: columns j0 .. of W from row c0.
-  static void fill_gradient(const Fp8Rows& w, int64_t j0, int64_t jn, int64_t c0, int64_t cn, float* panel,
-                            int64_t stride) {
-    const Codes codes(w.format);
-    const int64_t b = j0 / w.block;
-    for (int64_t c = 0; c < cn; ++c) decode_row(w, codes, c0 + c, b, j0, j0 + jn, panel + c * stride);
-  }
-
-  static void fill_forward_tail(const Rows& up, float strength, int64_t j0, int64_t jn, float* panel, int64_t stride) {
-    for (int64_t j = 0; j < jn; ++j) {
-      read_row(up, j0 + j, 0, up.cols, panel + j * stride);
-      for (int64_t r = 0; r < up.cols; ++r) panel[j * stride + r] *= strength;
-    }
-  }
-
-  static void fill_gradient_tail(const Rows& down, float strength, int64_t j0, int64_t jn, float* panel,
-                                 int64_t stride) {
-    for (int64_t r = 0; r < down.rows; ++r) {
-      read_row(down, r, j0, jn, panel + r * stride);
-      for (int64_t j = 0; j < jn; ++j) panel[r * stride + j] *= strength;
-    }
-  }
-
-  template <int V, int R, bool kTransposed>
-  MUSUBI_NOINLINE static void micro(const float* x, int64_t units, const float* panel, float* sums, bool first) {
-    constexpr int64_t stride = kTransposed ? kMostOutputs : kForwardStride;
-    typename Vec::F acc[R][V];
-    MUSUBI_UNROLL
-    for (int r = 0; r < R; ++r) {
-      MUSUBI_UNROLL
-      for (int v = 0; v < V; ++v) acc[r][v] = first ? Vec::zero() : Vec::load(sums + (r * V + v) * Vec::W);
-    }
-    for (int64_t u = 0; u < units; ++u) {
-      typename Vec::F xs[V];
-      MUSUBI_UNROLL
-      for (int v = 0; v < V; ++v) xs[v] = Vec::load(x + (u * V + v) * Vec::W);
-      MUSUBI_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const auto weight = Vec::set1(kTransposed ? panel[u * stride + r] : panel[r * stride + u]);
-        MUSUBI_UNROLL
-        for (int v = 0; v < V; ++v) acc[r][v] = Vec::fma(xs[v], weight, acc[r][v]);
-      }
-    }
-    MUSUBI_UNROLL
-    for (int r = 0; r < R; ++r) {
-      MUSUBI_UNROLL
-      for (int v = 0; v < V; ++v) Vec::store(sums + (r * V + v) * Vec::W, acc[r][v]);
-    }
+  void some() {
+    codes.some<false>();
+    out.some<true>();
   }
 };
 
@@ -180,6 +71,8 @@ class Multiply {
         main_units_((contraction_ + Kernel::kPerUnit - 1) / Kernel::kPerUnit),
         units_(main_units_ + (rank_ + Kernel::kPerUnit - 1) / Kernel::kPerUnit),
         scale_late_(scales_outputs(task)),
+        by_codes_(Kernel::kByCodes && !task.transposed && task.x.rows > Vec::W && task.x.rows <= kMostByCodes &&
+                  (scale_late_ || task.w.block >= kLeastRun)),
         weight_(task.w) {
     if (!scale_late_) return;
     weight_.scale = &kOne;
@@ -205,6 +98,8 @@ class Multiply {
  private:
   static constexpr int64_t kTile = kTileVectors * Vec::W;
   static constexpr float kOne = 1.0f;
+  static constexpr int64_t kMostByCodes = 128;  // rows from which on a panel pays for its decoding
+  static constexpr int64_t kLeastRun = 32;      // codes with one scale
 
   // Rows of x, and of the low-rank activation, which is made here where it has to be.
   void pack_part(int64_t first_row, int64_t rows) {
@@ -263,11 +158,11 @@ class Multiply {
         const int64_t c0 = u * Kernel::kPerUnit, cn = least(un * Kernel::kPerUnit, contraction_ - c0);
         fill_small(task_.low_from, 1.0f, c0, cn, j0, jn, weights, stride);
         for_tiles(first_tile, last_tile, [&](int64_t start, int width) {
-          Ahead none;
+          Fetches none;
           const float* const x = packed_ + (start * units_ + u * width) * Vec::W;
           float* const to = sums + start * Vec::W * wide;
-          const Panel small{weights, j0, jn, u, un};
-          task_.transposed ? tile<true>(width, small, x, to, none, none) : tile<false>(width, small, x, to, none, none);
+          const Panel small{weights, j0, jn, u, un, nullptr};
+          task_.transposed ? tile<true>(width, small, x, to, none) : tile<false>(width, small, x, to, none);
         });
       }
       for_tiles(first_tile, last_tile, [&](int64_t start, int width) {
@@ -364,10 +259,39 @@ class Multiply {
     do {
       const bool in_tail = u >= main_units_;
       const int64_t un = least(most_units(), (in_tail ? units_ : main_units_) - u);
-      in_tail ? fill_tail(j0, jn, weights, stride, u - main_units_) : fill(j0, jn, u, un, weights, stride);
-      tiles({weights, j0, jn, u, un}, sums, bias);
+      Panel now{weights, j0, jn, u, un, nullptr};
+      Coded coded;
+      if (in_tail) {
+        fill_tail(j0, jn, weights, stride, u - main_units_);
+      } else if (by_codes_ && vectors_ > 1) {  // the last rows of many may be few
+        numbers_of(j0, jn, u, un, weights, &coded);
+        now.coded = &coded;
+      } else {
+        fill(j0, jn, u, un, weights, stride);
+      }
+      tiles(now, sums, bias);
       u += un;
     } while (u < units_);
+  }
+
+  // The codes of outputs from j0 and units from u, with the numbers that codes stand for and the scales at `room`.
+  void numbers_of(int64_t j0, int64_t jn, int64_t u, int64_t un, float* room, Coded* out) const {
+    uint8_t all[256];
+    for (int code = 0; code < 256; ++code) all[code] = static_cast<uint8_t>(code);
+    Codes(weight_.format).floats(all, 256, 1.0f, room);
+    out->numbers = room;
+    out->codes = weight_.codes + j0 * weight_.stride + u;
+    out->stride = weight_.stride;
+    out->scales = room + 256;
+    out->wide = wide_;
+    int64_t b = u / weight_.block;
+    for (int64_t c = u; c < u + un; ++b) {
+      const int64_t end = least(u + un, (b + 1) * weight_.block);
+      float* const scales = room + 256 + out->runs * wide_;
+      for (int64_t j = 0; j < wide_; ++j) scales[j] = j < jn ? scale_at(weight_, j0 + j, b) : 0.0f;
+      out->lengths[out->runs++] = end - c;
+      c = end;
+    }
   }
 
   // Units of the contraction that are decoded at once.
@@ -403,20 +327,23 @@ class Multiply {
   struct Panel {
     const float* weights;
     int64_t j0, jn, u, un;
+    const Coded* coded;  // or null: the weights are decoded
   };
 
   void tiles(const Panel& panel, float* sums, const float* bias) const {
     const int64_t end = panel.u + panel.un;
-    Ahead codes = codes_after(panel);
-    codes.spread(vectors_ * panel.jn / kGroups);  // a micro kernel has 24 vectors of sums
+    Fetches fetches;
+    fetches.codes = codes_after(panel);
+    fetches.codes.spread(vectors_ * panel.jn / kGroups);  // a micro kernel has 24 vectors of sums
     for (int64_t start = 0; start < vectors_;) {
       const int width = tile_vectors(vectors_ - start);
       const float* x = packed_ + (start * units_ + panel.u * width) * Vec::W;
       float* const to = sums + start * Vec::W * wide_;
-      Ahead out = end == units_ ? results(panel, start * Vec::W, width * Vec::W) : Ahead();
-      out.spread(width * panel.jn / kGroups);
+      fetches.x = rows_after(panel, start + width, width * panel.jn / kGroups);
+      fetches.out = end == units_ ? results(panel, start * Vec::W, width * Vec::W) : Ahead();
+      fetches.out.spread(width * panel.jn / kGroups);
       if (panel.un > 0) {
-        task_.transposed ? tile<true>(width, panel, x, to, codes, out) : tile<false>(width, panel, x, to, codes, out);
+        task_.transposed ? tile<true>(width, panel, x, to, fetches) : tile<false>(width, panel, x, to, fetches);
       }
       if (end == main_units_ && scale_late_) scale_sums(panel.j0, panel.jn, width, to);
       for (int v = 0; end == units_ && v < width; ++v) {
@@ -438,6 +365,18 @@ class Multiply {
     return {w.codes + j0 * w.stride + c0, jn, cn, w.stride};
   }
 
+  // The packed rows of the tile after a panel's, for so many calls of a micro kernel: that from vector `start`, or the
+  // first of the next contraction block. Nothing where L2 holds all of x.
+  Between rows_after(const Panel& now, int64_t start, int64_t calls) const {
+    const int64_t fetches = calls * (now.un / kUnitsPerFetch);
+    if (vectors_ * Vec::W * 4 * units_ <= kCachedBytes || fetches == 0) return {};
+    const int64_t u = start < vectors_ ? now.u : now.u + now.un < units_ ? now.u + now.un : 0;
+    if (start >= vectors_) start = 0;
+    const int64_t width = tile_vectors(vectors_ - start);
+    return {bytes_at(packed_ + (start * units_ + u * width) * Vec::W),
+            least(now.un, units_ - u) * width * Vec::W * 4 / fetches};
+  }
+
   // Where this panel's outputs of rows of x go.
   Ahead results(const Panel& panel, int64_t row, int64_t rows) const {
     const int64_t bytes = size_of(task_.out_dtype);
@@ -446,28 +385,54 @@ class Multiply {
   }
 
   template <bool kTransposed>
-  static void tile(int width, const Panel& panel, const float* x, float* to, Ahead& codes, Ahead& out) {
+  static void tile(int width, const Panel& panel, const float* x, float* to, Fetches& fetches) {
+    if constexpr (Kernel::kByCodes && !kTransposed) {
+      if (panel.coded != nullptr) {
+        if (width == 4) return groups_of_codes<4, 6>(panel, x, to, fetches);
+        return width == 3 ? groups_of_codes<3, 8>(panel, x, to, fetches) : groups_of_codes<2, 8>(panel, x, to, fetches);
+      }
+    }
     switch (width) {
       case 1:
-        return groups<1, kOutputs1, kTransposed>(panel, x, to, codes, out);
+        return groups<1, kOutputs1, kTransposed>(panel, x, to, fetches);
       case 2:
-        return groups<2, kOutputs2, kTransposed>(panel, x, to, codes, out);
+        return groups<2, kOutputs2, kTransposed>(panel, x, to, fetches);
       case 4:
-        return groups<kMaxVectors, kOutputs4, kTransposed>(panel, x, to, codes, out);
+        return groups<kMaxVectors, kOutputs4, kTransposed>(panel, x, to, fetches);
       default:
-        return groups<kTileVectors, kOutputs3, kTransposed>(panel, x, to, codes, out);
+        return groups<kTileVectors, kOutputs3, kTransposed>(panel, x, to, fetches);
     }
   }
 
   template <int V, int R, bool kTransposed>
-  static void groups(const Panel& panel, const float* x, float* to, Ahead& codes, Ahead& out) {
+  static void groups(const Panel& panel, const float* x, float* to, Fetches& fetches) {
     static_assert(kGroups % R == 0 && kMostOutputs % kGroups == 0, "a panel is whole groups");
     constexpr int64_t stride = kTransposed ? 1 : Kernel::kForwardStride;
     for (int64_t j = 0; j < panel.jn; j += R) {
-      codes.some<false>();
-      out.some<true>();
+      fetches.some();
       float* const sums = to + j * V * Vec::W;
-      Kernel::template micro<V, R, kTransposed>(x, panel.un, panel.weights + j * stride, sums, panel.u == 0);
+      Kernel::template micro<V, R, kTransposed>(x, panel.un, panel.weights + j * stride, sums, panel.u == 0, fetches.x);
+    }
+  }
+
+  template <int V, int R>
+  static void groups_of_codes(const Panel& panel, const float* x, float* to, Fetches& fetches) {
+    static_assert(kGroups % R == 0, "a panel is whole groups");
+    const Coded& w = *panel.coded;
+    for (int64_t j = 0; j < panel.jn; j += R) {
+      fetches.some();
+      float* const sums = to + j * V * Vec::W;
+      const uint8_t* const codes = w.codes + j * w.stride;
+      const bool first = panel.u == 0;
+      if (j + R <= panel.jn) {
+        Kernel::template micro_of_codes<V, R>(x, codes, w, w.scales + j, sums, first);
+        continue;
+      }
+      uint8_t few[R * kMostUnits] = {};  // no row after the last is there to be read
+      for (int64_t r = 0; j + r < panel.jn; ++r) copy_bytes(few + r * panel.un, codes + r * w.stride, panel.un);
+      Coded last = w;
+      last.stride = panel.un;
+      Kernel::template micro_of_codes<V, R>(x, few, last, w.scales + j, sums, first);
     }
   }
 
@@ -503,6 +468,7 @@ class Multiply {
   const int64_t main_units_;
   const int64_t units_;
   const bool scale_late_;
+  const bool by_codes_;
   Fp8Rows weight_;  // as the panel sees it: with scales of one where they come late
   int64_t first_row_ = 0;
   int64_t rows_ = 0;

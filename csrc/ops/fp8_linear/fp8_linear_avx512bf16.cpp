@@ -45,6 +45,7 @@ void runs(const Fp8Rows& w, int64_t n, int64_t k0, int64_t k1, const Body& body)
 // The kernel that multiplies in bf16: a unit is the pair of two neighbours along the contraction.
 struct PairKernel {
   static constexpr int64_t kPerUnit = 2;
+  static constexpr bool kByCodes = false;  // decoding runs beside products of pairs
   static constexpr int64_t kForwardUnits = kMostUnits;
   static constexpr int64_t kForwardStride = kForwardUnits + 16;
   static constexpr int64_t kAhead = 12;  // units of x that are fetched ahead: 9 % at M = 64, 15 % at M = 16
@@ -218,7 +219,8 @@ struct PairKernel {
   }
 
   template <int V, int R, bool kTransposed>
-  MUSUBI_NOINLINE static void micro(const float* x, int64_t units, const float* panel, float* sums, bool first) {
+  MUSUBI_NOINLINE static void micro(const float* x, int64_t units, const float* panel, float* sums, bool first,
+                                    Between& later) {
     constexpr int64_t stride = kTransposed ? kMostOutputs : kForwardStride;
     __m512 acc[R][V];
     MUSUBI_UNROLL
@@ -226,29 +228,34 @@ struct PairKernel {
       MUSUBI_UNROLL
       for (int v = 0; v < V; ++v) acc[r][v] = first ? Vec::zero() : Vec::load(sums + (r * V + v) * Vec::W);
     }
-    for (int64_t u = 0; u < units; ++u) {
-      __m512bh xs[V];
-      MUSUBI_UNROLL
-      for (int v = 0; v < V; ++v) {
-        _mm_prefetch(reinterpret_cast<const char*>(x + ((u + kAhead) * V + v) * Vec::W), _MM_HINT_T0);
-      }
-      MUSUBI_UNROLL
-      for (int v = 0; v < V; ++v) xs[v] = pairs_of(_mm512_loadu_si512(x + (u * V + v) * Vec::W));
-      MUSUBI_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const float* const from = kTransposed ? panel + u * stride + r : panel + r * stride + u;
-        if (V == 1) {
-          // GCC loads the broadcast apart, which costs as much as the product when it is used only once
-          __m512 sum = acc[r][0];
-          asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(xs[0]), "m"(*from));
-          acc[r][0] = sum;
-          continue;
-        }
-        const __m512bh weight = pairs_of(_mm512_castps_si512(_mm512_set1_ps(*from)));
+    Between rows = later;
+    for (int64_t u = 0; u < units;) {
+      rows.one<2>();
+      for (const int64_t end = least(units, u + kUnitsPerFetch); u < end; ++u) {
+        __m512bh xs[V];
         MUSUBI_UNROLL
-        for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], xs[v], weight);
+        for (int v = 0; v < V; ++v) {
+          _mm_prefetch(reinterpret_cast<const char*>(x + ((u + kAhead) * V + v) * Vec::W), _MM_HINT_T0);
+        }
+        MUSUBI_UNROLL
+        for (int v = 0; v < V; ++v) xs[v] = pairs_of(_mm512_loadu_si512(x + (u * V + v) * Vec::W));
+        MUSUBI_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const float* const from = kTransposed ? panel + u * stride + r : panel + r * stride + u;
+          if (V == 1) {
+            // GCC loads the broadcast apart, which costs as much as the product when it is used only once
+            __m512 sum = acc[r][0];
+            asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(xs[0]), "m"(*from));
+            acc[r][0] = sum;
+            continue;
+          }
+          const __m512bh weight = pairs_of(_mm512_castps_si512(_mm512_set1_ps(*from)));
+          MUSUBI_UNROLL
+          for (int v = 0; v < V; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], xs[v], weight);
+        }
       }
     }
+    later = rows;
     MUSUBI_UNROLL
     for (int r = 0; r < R; ++r) {
       MUSUBI_UNROLL

@@ -306,30 +306,6 @@ class FewRows {
     }
   }
 
-  // Up to seven times a stride in four registers, by what an x86 address can scale. Left to itself, GCC keeps one
-  // address for each row and pointer, in vector registers for want of others.
-  struct Multiples {
-    int64_t one, three, five, seven;
-    explicit Multiples(int64_t stride) : one(stride), three(3 * stride), five(5 * stride), seven(7 * stride) {
-      asm volatile("" : "+r"(one), "+r"(three), "+r"(five), "+r"(seven));
-    }
-    MUSUBI_INLINE int64_t times(int r) const {
-      switch (r) {
-        case 0:
-          return 0;
-        case 3:
-          return three;
-        case 5:
-          return five;
-        case 6:
-          return 2 * three;
-        case 7:
-          return seven;
-        default:
-          return r * one;
-      }
-    }
-  };
   static_assert(kFewOutputs <= 8, "Multiples knows no more");
 
   // Asks for a line into L1 or L2 at this place of the program, between what makes `beside` and what uses it. GCC

@@ -238,6 +238,8 @@ void test_linear() {
   }
   // so many rows that a panel is neither one strip nor of full width, and some outputs are left over
   one({1050, 110, 256, 64, 5, Dtype::f32, Dtype::bf16, Format::e4m3, false}, seed);
+  // so long a contraction that a hundred rows are done in parts, the last of four
+  one({100, 5, 50048, 64, 0, Dtype::f16, Dtype::bf16, Format::e4m3, false}, seed);
 }
 
 }  // namespace musubi_test
