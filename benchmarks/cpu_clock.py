@@ -138,28 +138,46 @@ def measure_limits() -> Limits:
         return Limits(reading, copying, 0.0, str(error))
 
 
-def float_flops() -> float:
-    """FLOP/s of one thread in registers with float32, whatever the body uses for bf16; 0 where it is not measured."""
-    try:
-        return peak_flops("float32")
-    except (OSError, subprocess.SubprocessError):
-        return 0.0
+def peak_flops() -> float:
+    """FLOP/s of one thread in registers, as `arithmetic` computes; its best of seven.
+
+    Raises:
+        OSError: no C++ compiler, or a processor that the compiler's flag does not know.
+    """
+    call, operations = arithmetic()
+    best = 0.0
+    for _ in range(7):
+        start = time.thread_time()
+        call()
+        best = max(best, operations / (time.thread_time() - start))
+    return best
 
 
-def peak_flops(kind: str | None = None) -> float:
-    """FLOP/s of one thread in registers: products of bf16 pairs for the body that uses them, float32 otherwise.
+def arithmetic(kind: str | None = None) -> tuple[Call, float]:
+    """A call that only computes, in registers, and how many floating-point operations that is: as a contestant it tells
+    the machine's limit in the same turn. Products of bf16 pairs for the body that uses them, else `kind` "float32".
 
     Raises:
         OSError: no C++ compiler, or a processor that the compiler's flag does not know.
     """
     kind = kind or ("bf16" if native_isa() == "avx512bf16" else "float32")
-    library = _arithmetic()
-    best, operations = 0.0, ctypes.c_double()
-    for _ in range(7):
-        start = time.thread_time()
-        library.run(kind == "bf16", 200_000, ctypes.byref(operations))
-        best = max(best, operations.value / (time.thread_time() - start))
-    return best
+    library, operations = _arithmetic(), ctypes.c_double()
+
+    def call() -> None:
+        library.run(kind == "bf16", 1_000_000, ctypes.byref(operations))
+
+    call()
+    return call, operations.value
+
+
+def arithmetic_in_turn(calls: dict[str, Call], kind: str | None = None) -> tuple[dict[str, float], float]:
+    """`in_turn` of these calls, and FLOP/s in registers as computed in their turns; 0 where that is not measured."""
+    try:
+        compute, operations = arithmetic(kind)
+    except (OSError, subprocess.SubprocessError):
+        return in_turn(calls), 0.0
+    times = in_turn({**calls, "arithmetic": compute})
+    return times, operations / times.pop("arithmetic")
 
 
 _VECTORS: Final = {

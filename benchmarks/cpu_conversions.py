@@ -48,12 +48,13 @@ def quantise_row(w: torch.Tensor) -> Row:
 def moving(calls: Mapping[str, Call], result: torch.Tensor) -> tuple[dict[str, float], float]:
     """(times of the calls, bytes a second that the machine moves in the same turn into a new tensor of the result's
     size): by the fastest of torch's copy and libc's into memory from the allocator, which may have kept it, and
-    libc's into fresh memory with large pages."""
-    bytes_ = result.view(torch.uint8)
+    libc's into fresh memory with large pages. Each has a source of its own: one that another has just read would come
+    from cache, as ours does not."""
+    first, second, third = (result.view(torch.uint8).clone() for _ in range(3))
     ways = {
-        "clone result": bytes_.clone,
-        "copy result": lambda: copied(bytes_),
-        "fresh result": lambda: fresh_copy(bytes_),
+        "clone result": first.clone,
+        "copy result": lambda: copied(second),
+        "fresh result": lambda: fresh_copy(third),
     }
     times = in_turn({**calls, **ways})
     return times, 2 * result.nbytes / min(times.pop(name) for name in ways)

@@ -3,12 +3,13 @@
 The machine decides which table applies: that of AVX-512 with BF16 where the processor has it, otherwise the one row of
 AVX2. A ratio is the other's time over ours, so more is better.
 
-At the limit: a gate may ask for what this machine cannot do, whatever the kernel. Then reaching it would take more
-bytes a second than the machine itself moves in the same turn (a read of as many bytes, a copy into fresh memory), or
-more multiply-adds a second than it computes in registers. `least_seconds` is the time that the machine needs for the
-bytes and the arithmetic of a row, `possible` what the ratios would be in that time. A gate beyond that is the machine's
-limit if ours comes within 85 % of what is possible, and a miss otherwise. A row is marked `limit` where every gate that
-it does not reach is one of these; it is counted apart from misses and from what holds.
+At the limit: a gate may ask for what this machine cannot do, whatever the kernel, or for all but all of it. Reaching
+it would take more bytes a second than the machine itself moves in the same turn (a read of as many bytes, a copy into
+fresh memory), or more multiply-adds a second than it computes in registers. `least_seconds` is the time that the
+machine needs for the bytes and the arithmetic of a row and nothing else, `possible` what the ratios would be in that
+time. No ratio asks for more than 85 % of that, which is what the table asks of one row of x from memory: a row that
+does not reach its gate but 85 % of what is possible is marked `limit`, and counted apart from misses and from what
+holds.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from musubi_kernels import _native
 Verdict = Literal["", "limit", "miss"]
 
 AT_THE_LIMIT: Final = 0.85
-"""Of what is possible, where a gate asks for more than that."""
+"""Of what is possible: no ratio asks for more."""
 FORWARD: Final = {
     1: (75.0, 3.0),
     4: (40.0, 1.9),
@@ -68,12 +69,10 @@ class Gate:
     possible: float | None = None
 
     def verdict(self, factor: float) -> Verdict:
-        """Whether `factor` of the gate is reached, or beyond the machine, or not; 0 asks for nothing."""
+        """Whether `factor` of the gate is reached, or the machine's limit is near, or not; 0 asks for nothing."""
         if factor == 0 or (self.value * factor <= self.wanted if self.most else self.value >= factor * self.wanted):
             return ""
-        if self.possible is None or self.most or self.possible >= factor * self.wanted:
-            return "miss"
-        return "limit" if self.share >= AT_THE_LIMIT else "miss"
+        return "limit" if not self.most and self.share >= AT_THE_LIMIT else "miss"
 
     @property
     def share(self) -> float:
@@ -98,16 +97,18 @@ class Row:
     figures: Mapping[str, float] = field(default_factory=dict)
 
     def verdict(self, factor: float) -> Verdict:
-        """Whether all gates hold, or all but those that the machine forbids, or not."""
+        """Whether all gates hold, or all but those that are the machine's limit, or not."""
         found = {gate.verdict(factor) for gate in self.gates}
         return "miss" if "miss" in found else "limit" if "limit" in found else ""
 
     def beyond(self, factor: float) -> tuple[Gate, ...]:
-        """The gates that ask for more than the machine can do, whether ours comes near enough or not."""
+        """The gates not reached that ask for more than 85 % of what the machine can do, ours near enough or not."""
         return tuple(
             gate
             for gate in self.gates
-            if gate.verdict(factor) and gate.possible is not None and gate.possible < factor * gate.wanted
+            if gate.verdict(factor)
+            and gate.possible is not None
+            and AT_THE_LIMIT * gate.possible < factor * gate.wanted
         )
 
 

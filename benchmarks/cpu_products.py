@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import cpu_gates as gates
-from cpu_clock import Limits, cache_bytes, float_flops, in_turn, read, rotating
+from cpu_clock import Limits, arithmetic_in_turn, cache_bytes, in_turn, read, rotating
 from cpu_gates import Gate, Row, compared
 from cpu_peers import usual_weight
 from musubi_kernels import dequantize_fp8, fp8_linear, fp8_linear_dynamic, fp8_lora_linear, quantize_fp8
@@ -88,9 +88,9 @@ def forward_row(w: Weight, m: int, limits: Limits) -> Row:
         times, shares = reading(in_turn(calls), w)
         row = compared("forward", size, times, wanted, least=shares["read share"] * times["ours"], figures=shares)
     else:
-        times = in_turn(calls)
-        share = 2.0 * m * w.shape[0] * w.shape[1] / times["ours"] / limits.flops if limits.flops else 0.0
         large = m >= 1024 and bool(limits.flops)
+        times, flops = arithmetic_in_turn(calls) if large else (in_turn(calls), 0.0)
+        share = 2.0 * m * w.shape[0] * w.shape[1] / times["ours"] / flops if flops else 0.0
         extra = (Gate("peak share", share, gates.PEAK_SHARE),) if large and gates.has_bf16() else ()
         row = compared("forward", size, times, wanted, figures={"peak share": share} if large else {}, extra=extra)
     peers = {name: (lambda peer=peer: peer(x)) for name, peer in w.peers.items()}
@@ -99,11 +99,12 @@ def forward_row(w: Weight, m: int, limits: Limits) -> Row:
 
 
 def readers(size: int, name: str, copies: int = 1) -> dict[str, Callable[[], object]]:
-    """Two ways to read `size` bytes, as contestants; with copies, going round them."""
-    blank = [torch.ones(size, dtype=torch.uint8) for _ in range(copies)]
-    floats = [each[: size // 4 * 4].view(torch.float32) for each in blank]
+    """Two ways to read `size` bytes, as contestants; with copies, going round them. What one has just read the other
+    does not: it would find it in cache."""
+    searched, summed = ([torch.ones(size, dtype=torch.uint8) for _ in range(copies)] for _ in range(2))
+    floats = [each[: size // 4 * 4].view(torch.float32) for each in summed]
     return {
-        f"search {name}": rotating([lambda each=each: read(each) for each in blank]),
+        f"search {name}": rotating([lambda each=each: read(each) for each in searched]),
         f"sum {name}": rotating([each.sum for each in floats]),
     }
 
@@ -216,9 +217,10 @@ def typed_row(w: Weight, m: int, dtype: torch.dtype) -> Row:
     }
     name = str(dtype).removeprefix("torch.")
     operations = 2.0 * m * w.shape[0] * w.shape[1]
-    least = gates.least_seconds(operations=operations, flops=float_flops())
+    times, flops = arithmetic_in_turn(calls, "float32")
+    least = gates.least_seconds(operations=operations, flops=flops)
     wanted = {"plain": gates.OTHER_TYPES[name]}
-    return compared(f"forward, {name} x", (*w.shape, m), in_turn(calls), wanted, least=least)
+    return compared(f"forward, {name} x", (*w.shape, m), times, wanted, least=least)
 
 
 def dynamic_row(w: Weight, m: int) -> Row:

@@ -42,12 +42,14 @@ def row(*gates: Gate) -> Row:
     return Row("forward", 64, 64, 1, 1.0, {"usual": 80.0, "plain": 2.0}, gates)
 
 
-def test_only_a_gate_beyond_the_machine_is_excused_and_only_near_what_is_possible() -> None:
+def test_only_a_gate_near_the_machines_limit_is_excused_and_only_by_a_value_near_it() -> None:
     usual = Gate("x usual", 80.0, 75.0, possible=90.0)
     assert row(usual, Gate("x plain", 2.0, 3.0, possible=2.3)).verdict(1.0) == "limit"
     assert row(usual, Gate("x plain", 2.0, 3.0, possible=1.9)).verdict(1.0) == "limit", "faster than was possible"
     assert row(usual, Gate("x plain", 2.0, 3.0, possible=2.4)).verdict(1.0) == "miss", "83 % of what is possible"
-    assert row(usual, Gate("x plain", 2.9, 3.0, possible=3.1)).verdict(1.0) == "miss", "the machine can do it"
+    assert row(usual, Gate("x plain", 2.7, 3.0, possible=3.1)).verdict(1.0) == "limit", "87 %, and 97 % were asked for"
+    assert row(usual, Gate("x plain", 2.6, 3.0, possible=3.1)).verdict(1.0) == "miss"
+    assert row(usual, Gate("x plain", 2.9, 3.0, possible=3.6)).verdict(1.0) == "miss", "the machine can do it"
     assert row(usual, Gate("x plain", 2.0, 3.0)).verdict(1.0) == "miss", "nothing is known"
     assert row(usual, Gate("x plain", 2.0, 3.0, possible=2.3)).verdict(0.5) == ""
     assert row(usual, Gate("x plain", 1.2, 3.0, possible=1.3)).verdict(0.5) == "limit", "half is too much, too"
