@@ -15,7 +15,7 @@ MUSUBI_INLINE void put64(uint8_t* to, __m512i bytes, bool stream) {
 
 struct WideBody {
   static uint32_t peak_bits(const void* from, Dtype dtype, int64_t start, int64_t count) {
-    if (count % step_of(dtype) != 0) return PlainBody::peak_bits(from, dtype, start, count);
+    if (count < step_of(dtype)) return PlainBody::peak_bits(from, dtype, start, count);
     const char* const p = static_cast<const char*>(from) + start * size_of(dtype);
     if (dtype == Dtype::f32) return _mm512_reduce_max_epu32(peak<Dtype::f32>(p, 4 * count));
     const __m512i words = peak<Dtype::bf16>(p, 2 * count);
@@ -59,15 +59,16 @@ struct WideBody {
     return kDtype == Dtype::f32 ? _mm512_max_epu32(a, b) : _mm512_max_epu16(a, b);
   }
 
-  // The largest magnitudes of `bytes` bytes, lane by lane. bf16 and float16 are alike here.
+  // The largest magnitudes of at least 64 bytes, lane by lane. bf16 and float16 are alike here. The last vector may
+  // begin in the one before: what is looked at twice is no larger.
   template <Dtype kDtype>
   static MUSUBI_INLINE __m512i peak(const char* p, int64_t bytes) {
     const __m512i magnitude = kDtype == Dtype::f32 ? _mm512_set1_epi32(0x7fffffff) : _mm512_set1_epi16(0x7fff);
     __m512i all = _mm512_and_si512(_mm512_loadu_si512(p), magnitude);
-    for (int64_t i = 64; i < bytes; i += 64) {
+    for (int64_t i = 64; i + 64 <= bytes; i += 64) {
       all = larger<kDtype>(all, _mm512_and_si512(_mm512_loadu_si512(p + i), magnitude));
     }
-    return all;
+    return larger<kDtype>(all, _mm512_and_si512(_mm512_loadu_si512(p + bytes - 64), magnitude));
   }
 
   // Sixteen groups at once: neighbouring vectors are laid into each other, halving their number, until each lane holds
@@ -156,9 +157,13 @@ struct WideBody {
       for (int64_t i = first; i < first + whole; i += 64) {
         put64(codes + i, codes_of<kFormat, kDtype, kShort>(row, i, divisor, inverse), stream);
       }
+      if (whole > 0 && whole < width) {  // the last 64, some of them again, rather than what is left one by one
+        const int64_t i = first + width - 64;
+        put64(codes + i, codes_of<kFormat, kDtype, kShort>(row, i, divisor, inverse), false);
+      }
     }
     for (int g = 0; g < count; ++g) {  // apart: a call empties all vector registers
-      const int64_t whole = scales[g] == 0.0f ? 0 : width / 64 * 64, first = start + g * width + whole;
+      const int64_t whole = scales[g] == 0.0f || width < 64 ? 0 : width, first = start + g * width + whole;
       if (whole < width) PlainBody::encode_run<kFormat>(task, row, first, width - whole, scales[g], codes + first);
     }
   }

@@ -47,6 +47,11 @@ struct LookUpBody : WideBody {
                             uint8_t* codes) {
     if (served(task) && task.width % 64 == 0) {
       encode_whole<kFormat>(task, row, start, task.width / 64, count, scales, codes);
+    } else if (served(task) && task.width > 256) {  // several looks at a table of its own
+      for (int i = 0; i < count; ++i) {
+        const int64_t at = start + i * task.width;
+        encode_run<kFormat>(task, row, at, task.width, scales[i], codes + at);
+      }
     } else {
       WideBody::encode_groups<kFormat>(task, row, start, count, scales, codes);
     }
@@ -58,7 +63,8 @@ struct LookUpBody : WideBody {
     const int64_t whole = served(task) ? count / 64 * 64 : 0;
     if (whole > 0) encode_whole<kFormat>(task, row, start, whole / 64, 1, &scale, codes - start);
     if (whole == count) return;
-    WideBody::encode_run<kFormat>(task, row, start + whole, count - whole, scale, codes + whole);
+    const int64_t done = whole == 0 ? 0 : count - 64;  // the last 64, some of them again
+    WideBody::encode_run<kFormat>(task, row, start + done, count - done, scale, codes + done);
   }
 
  private:
