@@ -269,7 +269,7 @@ void test_quantize() {
     }
     for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
       for (Dtype scale_dtype : {Dtype::f32, dtype}) {
-        for (int64_t width : {32, 37, 64, 96, 256}) {
+        for (int64_t width : {32, 37, 64, 96, 256, 391}) {
           bodies_quantise_alike(format, dtype, scale_dtype, width);
           for (Dtype out : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
             bodies_dequantise_alike(format, scale_dtype, out, width);
