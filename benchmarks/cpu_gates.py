@@ -15,7 +15,7 @@ holds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from cpu_clock import native_isa
@@ -133,7 +133,7 @@ def compared(
     figures: Mapping[str, float] | None = None,
     extra: tuple[Gate, ...] = (),
 ) -> Row:
-    """The row of `times` in seconds; gates on the ratios that `wanted` names, 0.9 of them for ragged sizes.
+    """The row of `times` in seconds; gates on the ratios that `wanted` names, and `extra`; 0.9 of all for ragged sizes.
 
     least: what the machine needs for this row (`least_seconds`), 0 where that is not known.
     """
@@ -147,7 +147,8 @@ def compared(
         for name, asked in wanted.items()
         if asked
     )
-    return Row(what, n, k, m, ours * 1e3, ratios, gates + extra, figures or {})
+    eased = tuple(replace(gate, wanted=gate.wanted / ease if gate.most else gate.wanted * ease) for gate in extra)
+    return Row(what, n, k, m, ours * 1e3, ratios, gates + eased, figures or {})
 
 
 def has_bf16() -> bool:

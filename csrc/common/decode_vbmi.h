@@ -67,20 +67,16 @@ struct Decoder {
     *upper = _mm512_ternarylogic_epi32(magnitude, codes, _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);
   }
 
-  // 64 codes as bf16: `a` holds the first 32, `b` the others.
-  MUSUBI_INLINE void pairs(__m512i codes, __m512i* a, __m512i* b) const {
-    __m512i lower, upper;
-    look_up(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), codes), &lower, &upper);
-    *a = _mm512_unpacklo_epi8(lower, upper);
-    *b = _mm512_unpackhi_epi8(lower, upper);
-  }
-
   // 64 codes as bf16 in the order that costs no move: pair i of both together is pair pair_at(i) of the codes.
   MUSUBI_INLINE void pairs_shuffled(__m512i codes, __m512i* a, __m512i* b) const {
     __m512i lower, upper;
     look_up(codes, &lower, &upper);
     *a = _mm512_unpacklo_epi8(lower, upper);
     *b = _mm512_unpackhi_epi8(lower, upper);
+  }
+  // The same in order: `a` holds the first 32, `b` the others.
+  MUSUBI_INLINE void pairs(__m512i codes, __m512i* a, __m512i* b) const {
+    pairs_shuffled(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), codes), a, b);
   }
   static constexpr int64_t pair_at(int64_t i) { return i % 16 / 4 * 8 + i / 16 * 4 + i % 4; }
 
@@ -104,19 +100,7 @@ struct Decoder {
   // 64 codes as floats, in order. The codes are laid out so that the two halves of a word are 16 codes apart: shifting
   // them out takes another port than the look-ups.
   MUSUBI_INLINE void floats(__m512i codes, __m512* out) const {
-    const __m512i ordered = _mm512_permutexvar_epi8(_mm512_load_si512(kOrder), codes);
-    __m512i lower, upper;
-#ifdef __AVX512BF16__
-    look_up(ordered, &lower, &upper);
-#else
-    look_up_twice(ordered, &lower, &upper);
-#endif
-    const __m512i a = _mm512_unpacklo_epi8(lower, upper), b = _mm512_unpackhi_epi8(lower, upper);
-    const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-    out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16));
-    out[1] = _mm512_castsi512_ps(_mm512_and_si512(a, high));
-    out[2] = _mm512_castsi512_ps(_mm512_slli_epi32(b, 16));
-    out[3] = _mm512_castsi512_ps(_mm512_and_si512(b, high));
+    floats_shuffled(_mm512_permutexvar_epi8(_mm512_load_si512(kOrder), codes), out);
   }
 
   // The same times `scale`.

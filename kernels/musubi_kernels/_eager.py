@@ -62,14 +62,20 @@ def _watched_by() -> Callable[[], bool]:
 _watched: Final = _watched_by()
 
 
-def torch_calls() -> tuple[Any, tuple[Any, ...]] | None:
-    """The compiled module, and what it needs of torch to serve calls whole: torch's table of C functions for DLPack
-    (torch 2.10 and newer) first. None where one of them is missing."""
+def whole_calls(kind: str, *also: object) -> Any | None:
+    """The compiled module's class `kind`, which serves calls whole, over what it needs of torch and of `also`.
+
+    None where something is missing: the module, what tells whether calls are watched, or torch's table of C functions
+    for DLPack (torch 2.10 and newer; of another major version than 1 it serves as little)."""
     module, _ = _native.load()
     exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if module is None or exchange is None or WATCHERS is None:
         return None
-    return module, (exchange, tuple(_PLAIN), WATCHERS, torch.get_num_threads, torch.Tensor.new_empty)
+    make = getattr(module, kind)
+    try:
+        return make(exchange, tuple(_PLAIN), WATCHERS, torch.get_num_threads, torch.Tensor.new_empty, *also)
+    except ValueError:
+        return None
 
 
 def free(*tensors: torch.Tensor | None) -> bool:

@@ -85,6 +85,9 @@ def test_ragged_sizes_are_asked_for_nine_tenths() -> None:
     times = {"ours": 1.0, "usual": 5.0}
     wanted = [cpu_gates.compared("forward", (9, k, 4), times, {"usual": 10.0}).gates[0].wanted for k in (128, 130)]
     assert wanted == [10.0, 9.0]
+    extra = (Gate("read share", 0.8, 0.85), Gate("added", 0.043, 0.04, most=True))
+    found = [cpu_gates.compared("forward", (9, k, 4), times, {}, extra=extra).verdict(1.0) for k in (128, 130)]
+    assert found == ["miss", ""], "every gate, at least or at most"
 
 
 @pytest.mark.parametrize(("n", "k"), [(96, 128), (50, 77)])

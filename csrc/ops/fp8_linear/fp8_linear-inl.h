@@ -6,7 +6,7 @@
 // work depends on the layout of scales. A contraction unit is four bytes: one float, or two bf16. Some tens of rows of
 // x do not pay for a panel: they meet the codes as they are stored, by a table of numbers.
 //
-// Sums are carried in float32 between contraction blocks, which also bounds the error of long float32 sums.
+// Sums are carried in float32 between contraction blocks.
 #include "common/pool.h"
 #include "common/scratch.h"
 #include "ops/fp8_linear/fp8_linear_floats-inl.h"

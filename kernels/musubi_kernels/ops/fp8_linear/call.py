@@ -17,14 +17,7 @@ from musubi_kernels import _eager, _native
 
 @functools.cache
 def _made() -> Any | None:
-    found = _eager.torch_calls()
-    if found is None:
-        return None
-    module, torch_side = found
-    try:
-        return module.Call(*torch_side, torch.is_grad_enabled, torch.is_autocast_enabled)
-    except ValueError:  # another major version of the table
-        return None
+    return _eager.whole_calls("Call", torch.is_grad_enabled, torch.is_autocast_enabled)
 
 
 def whole(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:

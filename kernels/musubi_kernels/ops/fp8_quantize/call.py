@@ -16,14 +16,7 @@ from musubi_kernels import _eager, _native
 
 @functools.cache
 def _made() -> Any | None:
-    found = _eager.torch_calls()
-    if found is None:
-        return None
-    module, torch_side = found
-    try:
-        return module.DequantizeCall(*torch_side)
-    except ValueError:  # another major version of the table
-        return None
+    return _eager.whole_calls("DequantizeCall")
 
 
 def whole(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor | None:
