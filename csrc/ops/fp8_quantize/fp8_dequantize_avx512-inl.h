@@ -75,19 +75,22 @@ struct Products {
 constexpr int64_t kAhead = 2048;  // codes asked for before they are looked up
 
 struct TableBody {
-  static void decode(const DequantizeTask& task, int64_t n, int64_t k0, int64_t k1) {
+  void decode(const DequantizeTask& task, int64_t n, int64_t k0, int64_t k1) {
     if (task.out_dtype != Dtype::bf16) return PlainBody::decode(task, n, k0, k1);
     task.w.format == Format::e4m3 ? decode_as<Format::e4m3>(task, n, k0, k1) : decode_as<Format::e5m2>(task, n, k0, k1);
   }
 
-  static void done() { _mm_sfence(); }
+  void done() {
+    seam_.write_out();
+    _mm_sfence();
+  }
 
  private:
   // Scales by which no product of a finite code, nor a step on the way, leaves the normal numbers of bf16.
   static bool ordinary(uint32_t scale_bits) { return scale_bits >= 24u << 23 && scale_bits < 230u << 23; }
 
   template <Format kFormat>
-  static void decode_as(const DequantizeTask& task, int64_t n, int64_t k0, int64_t k1) {
+  void decode_as(const DequantizeTask& task, int64_t n, int64_t k0, int64_t k1) {
     const Fp8Rows& w = task.w;
     uint16_t* const out = static_cast<uint16_t*>(task.out) + n * w.cols;
     for (int64_t k = k0; (k = look_up<kFormat>(task, n, k, k1)) < k1;) {
@@ -98,15 +101,14 @@ struct TableBody {
     }
   }
 
-  // Codes from k on of a row, 64 at a time and then 32; gives where others begin: k1, or codes that are not finite, too
-  // few of a block, or under no ordinary scale. No call stands in these loops, since it would empty all vector
-  // registers.
+  // Codes from k on of a row, 64 at a time, then 32 and what is left of a longer block; gives where others begin: k1,
+  // or codes that are not finite, too few of a block, or under no ordinary scale. No call stands in these loops, since
+  // it would empty all vector registers.
   template <Format kFormat>
-  static MUSUBI_NOINLINE int64_t look_up(const DequantizeTask& task, int64_t n, int64_t k, int64_t k1) {
+  MUSUBI_NOINLINE int64_t look_up(const DequantizeTask& task, int64_t n, int64_t k, int64_t k1) {
     const Fp8Rows w = task.w;  // a copy, which no store to `out` could change
     const uint8_t* const codes = w.codes + n * w.stride;
     uint8_t* const out = static_cast<uint8_t*>(task.out) + 2 * n * w.cols;
-    const bool stream = task.stream && reinterpret_cast<uintptr_t>(out) % 64 == 0 && w.block % 32 == 0;
     const Constants<kFormat> c;
     for (int64_t block = k / w.block, end = block * w.block; k < k1; ++block) {
       end = least(k1, end + w.block);
@@ -115,6 +117,14 @@ struct TableBody {
       const __m512 scale = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits)));
       const Products products = Products::of(_mm512_mul_ps(c.normal, scale), c);
       __m512i lower, upper;
+      const int64_t first = k, skipped = to_next_line(out + 2 * k, task.stream, 2 * (end - k)) / 2;
+      if (skipped > 0) {
+        if (!look_up(half_of(codes + k, c), products, scale, c, &lower, &upper)) return k;
+        seam_.finish(out + 2 * k, _mm512_unpacklo_epi8(lower, upper), 2 * skipped);
+        k += skipped;
+      }
+      const bool whole_lines = w.block % 32 == 0 || skipped > 0 || 2 * (end - k) >= kLeastStreamed;
+      const bool stream = task.stream && whole_lines && reinterpret_cast<uintptr_t>(out + 2 * k) % 64 == 0;
       for (; k + 64 <= end; k += 64) {
         fetch(codes, k + kAhead, 1);
         const __m512i x = _mm512_permutexvar_epi64(c.order, _mm512_loadu_si512(codes + k));
@@ -123,15 +133,25 @@ struct TableBody {
         put64(out + 2 * k + 64, _mm512_unpackhi_epi8(lower, upper), stream);
       }
       if (k + 32 <= end) {
-        const __m512i half = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + k)));
-        const __m512i x = _mm512_permutexvar_epi64(c.order, half);
-        if (!look_up(x, products, scale, c, &lower, &upper)) return k;
+        if (!look_up(half_of(codes + k, c), products, scale, c, &lower, &upper)) return k;
         put64(out + 2 * k, _mm512_unpacklo_epi8(lower, upper), stream);
         k += 32;
       }
-      if (k < end) return k;
+      if (k < end) {
+        if (k - first < 32) return k;
+        if (!look_up(half_of(codes + end - 32, c), products, scale, c, &lower, &upper)) return k;
+        seam_.begin(out + 2 * end, _mm512_unpacklo_epi8(lower, upper), 2 * (end - k), stream);
+        k = end;
+      }
     }
     return k;
+  }
+
+  // 32 codes, twice, in the order of unpacking: the products of all are in its lower half.
+  template <Format kFormat>
+  static MUSUBI_INLINE __m512i half_of(const uint8_t* codes, const Constants<kFormat>& c) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    return _mm512_permutexvar_epi64(c.order, _mm512_broadcast_i64x4(half));
   }
 
   // The bits of a scale as a float. bf16 stays out of the vector registers on the way.
@@ -163,6 +183,8 @@ struct TableBody {
     *upper = _mm512_ternarylogic_epi32(higher, x, c.sign, 0xf8);
     return true;
   }
+
+  Seam seam_;
 };
 
 }  // namespace

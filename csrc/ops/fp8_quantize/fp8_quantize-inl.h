@@ -44,6 +44,13 @@ MUSUBI_INLINE void store_scales(const QuantizeTask& task, int64_t group, int cou
   }
 }
 
+// How far ahead of what is encoded to ask for weights: where the groups begin whose peaks are looked for next, or, in
+// one group over everything, near enough to be kept until then.
+inline int64_t weights_ahead(const QuantizeTask& task) {
+  const int64_t next = task.width * least(kTogether, task.w.cols / task.width);
+  return next <= kChunkWeights / 2 ? next : 1024;
+}
+
 // Asks for bytes that are read soon: encoding takes longer than looking for peaks and leaves memory idle. Bytes beyond
 // the weight are no harm.
 MUSUBI_INLINE void fetch(const void* base, int64_t offset, int64_t bytes) {
@@ -57,7 +64,7 @@ inline float scale_of(const Fp8Rows& w, int64_t row, int64_t block) {
   return Vec::one(w.scale, w.scale_dtype, row * w.scale_row + block * w.scale_block);
 }
 
-// What an instruction set may do better; the plain way serves every one.
+// What an instruction set may do better, one of its own for each chunk; the plain way serves every one.
 struct PlainBody {
   // The bits of the largest magnitude among `count` weights from `start`, as a float; any NaN wins, then inf.
   static uint32_t peak_bits(const void* from, Dtype dtype, int64_t start, int64_t count) {
@@ -164,19 +171,20 @@ void quantize_groups(const QuantizeTask& task) {
   const int64_t rows = kChunkWeights / task.w.cols + 1;
   const float floor = least_scale(task.scale_dtype);
   parallel_chunks((task.w.rows + rows - 1) / rows, task.threads, [&](int64_t chunk) {
+    Body body;
     alignas(64) uint32_t peaks[kTogether] = {};
     alignas(64) float scales[kTogether];
     for (int64_t r = chunk * rows; r < least(task.w.rows, (chunk + 1) * rows); ++r) {
       const void* const row = row_of(task.w, r);
       for (int64_t g = 0; g < per_row; g += kTogether) {
         const int count = static_cast<int>(least(kTogether, per_row - g));
-        Body::peaks(row, task.w.dtype, g * task.width, task.width, count, peaks);
+        body.peaks(row, task.w.dtype, g * task.width, task.width, count, peaks);
         store_scales<kFormat>(task, r * per_row + g, count, peaks, floor, scales);
         if (task.search) search_groups<kFormat>(task, row, g * task.width, r * per_row + g, count, scales);
-        Body::template encode_groups<kFormat>(task, row, g * task.width, count, scales, task.codes + r * task.w.cols);
+        body.template encode_groups<kFormat>(task, row, g * task.width, count, scales, task.codes + r * task.w.cols);
       }
     }
-    Body::done();
+    body.done();
   });
 }
 
@@ -204,9 +212,10 @@ void quantize_whole(const QuantizeTask& task) {
     Vec::put(task.scales, task.scale_dtype, 0, scale);
   }
   parallel_chunks(chunks, task.threads, [&](int64_t c) {
+    Body body;
     const int64_t start = c * kChunkWeights;
-    Body::template encode_run<kFormat>(task, task.w.data, start, count(c), scale, task.codes + start);
-    Body::done();
+    body.template encode_run<kFormat>(task, task.w.data, start, count(c), scale, task.codes + start);
+    body.done();
   });
 }
 
@@ -234,9 +243,10 @@ void dequantize_with(const DequantizeTask& task) {
   const int64_t rows = per_row > 1 ? 1 : kChunkWeights / w.cols + 1;
   const int64_t chunks = (w.rows + rows - 1) / rows * per_row;
   parallel_chunks(chunks, task.threads, [&](int64_t chunk) {
+    Body body;
     const int64_t first = chunk / per_row * rows, k0 = chunk % per_row * piece, k1 = least(w.cols, k0 + piece);
-    for (int64_t n = first; n < least(w.rows, first + rows); ++n) Body::decode(task, n, k0, k1);
-    Body::done();
+    for (int64_t n = first; n < least(w.rows, first + rows); ++n) body.decode(task, n, k0, k1);
+    body.done();
   });
 }
 

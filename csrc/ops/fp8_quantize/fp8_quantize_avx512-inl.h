@@ -13,6 +13,55 @@ MUSUBI_INLINE void put64(uint8_t* to, __m512i bytes, bool stream) {
   }
 }
 
+constexpr int64_t kLeastStreamed =
+    256;  // bytes of a run that is no whole lines and written past the caches all the same
+
+// Bytes from here to the next line of the caches, where long runs are written past those; 0 for shorter runs, which are
+// only where they begin at a line.
+inline int64_t to_next_line(const void* to, bool stream, int64_t bytes) {
+  return stream && bytes >= kLeastStreamed ? static_cast<int64_t>(-reinterpret_cast<uintptr_t>(to) % 64) : 0;
+}
+
+// Makes one line of the end of a run and the beginning of the next, so that long results are written past the caches
+// in whole lines only: an ordinary write between takes as long as memory needs to answer, and all behind it waits.
+class Seam {
+ public:
+  // The first `count` of `bytes` go to `to`, where a line ends after them.
+  MUSUBI_INLINE void finish(uint8_t* to, __m512i bytes, int64_t count) {
+    if (to == end_) {
+      _mm512_storeu_si512(line_ + 64 - count, bytes);
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + count - 64), _mm512_load_si512(line_));
+      end_ = nullptr;
+    } else {
+      _mm512_mask_storeu_epi8(to, ~uint64_t{0} >> (64 - count), bytes);
+    }
+  }
+
+  // The last `count` of 64 bytes go before `end`: kept, if a line begins with them and `stream`, until the next run.
+  MUSUBI_INLINE void begin(uint8_t* end, __m512i bytes, int64_t count, bool stream) {
+    if (stream && reinterpret_cast<uintptr_t>(end - count) % 64 == 0) {
+      write_out();
+      _mm512_storeu_si512(line_ + count - 64, bytes);
+      end_ = end;
+    } else {
+      _mm512_mask_storeu_epi8(end - 64, ~uint64_t{0} << (64 - count), bytes);
+    }
+  }
+
+  // What is kept.
+  MUSUBI_INLINE void write_out() {
+    if (end_ == nullptr) return;
+    const uintptr_t held = reinterpret_cast<uintptr_t>(end_) % 64;
+    _mm512_mask_storeu_epi8(end_ - held, ~uint64_t{0} >> (64 - held), _mm512_load_si512(line_));
+    end_ = nullptr;
+  }
+
+ private:
+  alignas(64) uint8_t space_[192];
+  uint8_t* const line_ = space_ + 64;
+  uint8_t* end_ = nullptr;
+};
+
 struct WideBody {
   static uint32_t peak_bits(const void* from, Dtype dtype, int64_t start, int64_t count) {
     if (count < step_of(dtype)) return PlainBody::peak_bits(from, dtype, start, count);
@@ -37,19 +86,26 @@ struct WideBody {
   }
 
   template <Format kFormat>
-  static void encode_groups(const QuantizeTask& task, const void* row, int64_t start, int count, const float* scales,
-                            uint8_t* codes) {
+  void encode_groups(const QuantizeTask& task, const void* row, int64_t start, int count, const float* scales,
+                     uint8_t* codes) {
     encode_as<kFormat>(task, row, start, task.width, count, scales, codes);
   }
 
   template <Format kFormat>
-  static void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count, float scale,
-                         uint8_t* codes) {
+  void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count, float scale,
+                  uint8_t* codes) {
     alignas(64) const float scales[kTogether] = {scale};
     encode_as<kFormat>(task, row, start, count, 1, scales, codes - start);
   }
 
-  static void done() { _mm_sfence(); }
+  // After the last byte of a chunk.
+  void done() {
+    seam_.write_out();
+    _mm_sfence();
+  }
+
+ protected:
+  Seam seam_;
 
  private:
   static int64_t step_of(Dtype dtype) { return dtype == Dtype::f32 ? 16 : 32; }
@@ -127,8 +183,8 @@ struct WideBody {
   }
 
   template <Format kFormat>
-  static MUSUBI_INLINE void encode_as(const QuantizeTask& task, const void* row, int64_t start, int64_t width,
-                                      int count, const float* scales, uint8_t* codes) {
+  MUSUBI_INLINE void encode_as(const QuantizeTask& task, const void* row, int64_t start, int64_t width, int count,
+                               const float* scales, uint8_t* codes) {
     const bool short_scale = task.scale_dtype != Dtype::f32;
     if (task.w.dtype == Dtype::f32) {
       encode_all<kFormat, Dtype::f32, false>(task, row, start, width, count, scales, codes);
@@ -144,23 +200,27 @@ struct WideBody {
   // Groups of `width` weights from `start` of a row and of `codes`. kShort: weights and scales have at most 11
   // significant bits.
   template <Format kFormat, Dtype kDtype, bool kShort>
-  static MUSUBI_NOINLINE void encode_all(const QuantizeTask& task, const void* row, int64_t start, int64_t width,
-                                         int count, const float* scales, uint8_t* codes) {
+  MUSUBI_NOINLINE void encode_all(const QuantizeTask& task, const void* row, int64_t start, int64_t width, int count,
+                                  const float* scales, uint8_t* codes) {
     constexpr int64_t kSize = kDtype == Dtype::f32 ? 4 : 2;
     alignas(64) float inverses[kTogether];
     for (int i = 0; i < kTogether; ++i) inverses[i] = 1.0f / scales[i];
-    const bool stream = task.stream && reinterpret_cast<uintptr_t>(codes + start) % 64 == 0 && width % 64 == 0;
+    const int64_t ahead = weights_ahead(task);
     for (int g = 0; g < count; ++g) {
-      const int64_t first = start + g * width, whole = scales[g] == 0.0f ? 0 : width / 64 * 64;
-      fetch(row, (first + kTogether * width) * kSize, width * kSize);
+      if (scales[g] == 0.0f || width < 64) continue;
+      const int64_t first = start + g * width, end = first + width;
+      const int64_t skipped = to_next_line(codes + first, task.stream, width);
+      const bool whole_lines = width % 64 == 0 || width >= kLeastStreamed;
+      const bool stream = task.stream && whole_lines && reinterpret_cast<uintptr_t>(codes + first + skipped) % 64 == 0;
       const __m512 divisor = _mm512_set1_ps(scales[g]), inverse = _mm512_set1_ps(inverses[g]);
-      for (int64_t i = first; i < first + whole; i += 64) {
-        put64(codes + i, codes_of<kFormat, kDtype, kShort>(row, i, divisor, inverse), stream);
+      const auto at = [&](int64_t i) { return codes_of<kFormat, kDtype, kShort>(row, i, divisor, inverse); };
+      if (skipped > 0) seam_.finish(codes + first, at(first), skipped);
+      int64_t i = first + skipped;
+      for (; i + 64 <= end; i += 64) {
+        fetch(row, (i + ahead) * kSize, 64 * kSize);
+        put64(codes + i, at(i), stream);
       }
-      if (whole > 0 && whole < width) {  // the last 64, some of them again, rather than what is left one by one
-        const int64_t i = first + width - 64;
-        put64(codes + i, codes_of<kFormat, kDtype, kShort>(row, i, divisor, inverse), false);
-      }
+      if (i < end) seam_.begin(codes + end, at(end - 64), end - i, stream);
     }
     for (int g = 0; g < count; ++g) {  // apart: a call empties all vector registers
       const int64_t whole = scales[g] == 0.0f || width < 64 ? 0 : width, first = start + g * width + whole;

@@ -196,6 +196,66 @@ void bodies_dequantise_alike(Format format, Dtype scale_dtype, Dtype dtype, int6
   });
 }
 
+// Rows that begin and end anywhere within a line, in several chunks, streamed by several threads: the plain body's
+// bytes, and none before or after them.
+void long_rows_meet(Format format, Dtype dtype, int64_t cols, int64_t offset) {
+  const int64_t rows = 2 * 64 * 1024 / cols + 7, count = rows * cols, guard = 128;
+  Random random(static_cast<uint64_t>(cols + offset));
+  Numbers w(count, dtype);
+  for (int64_t i = 0; i < count; ++i) w.set(i, random.number());
+  for (int64_t i = cols; i < 2 * cols; ++i) w.set(i, i == cols ? 1.0 : 1e-4 * random.number());  // codes that are rare
+  std::vector<uint8_t> want, out;
+  std::vector<float> scales(static_cast<size_t>(rows));
+  const auto run = [&](Isa isa, bool stream, bool back, std::vector<uint8_t>& bytes) {
+    const std::vector<uint8_t> codes = want;  // of the plain body, for the way back
+    bytes.assign(static_cast<size_t>(2 * count + 2 * guard + 64), 0x55);
+    uint8_t* const line = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
+    uint8_t* const to = line + guard + offset;
+    if (back) {
+      musubi::DequantizeTask task;
+      task.w = {codes.data(), rows, cols, cols, scales.data(), 1, 0, cols, Dtype::f32, format};
+      task.out = to;
+      task.out_dtype = Dtype::bf16;
+      task.stream = stream;
+      task.threads = 2;
+      musubi::dequantize_kernel(isa)(task);
+    } else {
+      musubi::QuantizeTask task;
+      task.w = {w.data(), rows, cols, cols, dtype};
+      task.width = cols;
+      task.format = format;
+      task.scale_dtype = dtype;
+      std::vector<float> found(static_cast<size_t>(rows));
+      task.codes = to;
+      task.scales = found.data();
+      task.stream = stream;
+      task.threads = 2;
+      musubi::quantize_kernel(isa)(task);
+    }
+    const auto end = to + count * (back ? 2 : 1);
+    const bool kept = std::all_of(bytes.data(), to, [](uint8_t byte) { return byte == 0x55; }) &&
+                      std::all_of(end, bytes.data() + bytes.size(), [](uint8_t byte) { return byte == 0x55; });
+    EXPECT(kept, "%s: rows of %d, %d bytes into a line: bytes around them are written", name_of(isa),
+           static_cast<int>(cols), static_cast<int>(offset));
+    bytes = std::vector<uint8_t>(to, end);
+  };
+  for (auto& scale : scales) scale = static_cast<float>(0.5 + 0.4 * random.number());
+  run(Isa::scalar, false, false, want);
+  std::vector<uint8_t> want_back;
+  if (offset % 2 == 0) run(Isa::scalar, false, true, want_back);
+  on_every_isa([&](Isa isa) {
+    for (bool stream : {false, true}) {
+      run(isa, stream, false, out);
+      EXPECT(out == want, "%s: codes in rows of %d, %d bytes into a line", name_of(isa), static_cast<int>(cols),
+             static_cast<int>(offset));
+      if (offset % 2 != 0) continue;
+      run(isa, stream, true, out);
+      EXPECT(out == want_back, "%s: weights in rows of %d, %d bytes into a line", name_of(isa), static_cast<int>(cols),
+             static_cast<int>(offset));
+    }
+  });
+}
+
 void zeros_stay_zero() {
   on_every_isa([&](Isa isa) {
     std::vector<uint16_t> w(70, 0);
@@ -268,6 +328,9 @@ void test_quantize() {
       for (int64_t width : {64, 37, 200}) search_is_least(format, width, dtype);
     }
     for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
+      for (int64_t cols : {256, 391, 1999, 2001}) {
+        for (int64_t offset : {0, 1, 22, 62}) long_rows_meet(format, dtype, cols, offset);
+      }
       for (Dtype scale_dtype : {Dtype::f32, dtype}) {
         for (int64_t width : {32, 37, 64, 96, 256, 391}) {
           bodies_quantise_alike(format, dtype, scale_dtype, width);

@@ -43,10 +43,10 @@ struct Steps {
 
 struct LookUpBody : WideBody {
   template <Format kFormat>
-  static void encode_groups(const QuantizeTask& task, const void* row, int64_t start, int count, const float* scales,
-                            uint8_t* codes) {
+  void encode_groups(const QuantizeTask& task, const void* row, int64_t start, int count, const float* scales,
+                     uint8_t* codes) {
     if (served(task) && task.width % 64 == 0) {
-      encode_whole<kFormat>(task, row, start, task.width / 64, count, scales, codes);
+      encode_whole<kFormat>(task, row, start, task.width / 64, count, scales, codes, task.stream);
     } else if (served(task) && task.width > 256) {  // several looks at a table of its own
       for (int i = 0; i < count; ++i) {
         const int64_t at = start + i * task.width;
@@ -58,13 +58,21 @@ struct LookUpBody : WideBody {
   }
 
   template <Format kFormat>
-  static void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count, float scale,
-                         uint8_t* codes) {
-    const int64_t whole = served(task) ? count / 64 * 64 : 0;
-    if (whole > 0) encode_whole<kFormat>(task, row, start, whole / 64, 1, &scale, codes - start);
-    if (whole == count) return;
-    const int64_t done = whole == 0 ? 0 : count - 64;  // the last 64, some of them again
-    WideBody::encode_run<kFormat>(task, row, start + done, count - done, scale, codes + done);
+  void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count, float scale,
+                  uint8_t* codes) {
+    if (!served(task) || count < 64) return WideBody::encode_run<kFormat>(task, row, start, count, scale, codes);
+    const int64_t skipped = to_next_line(codes, task.stream, count), whole = (count - skipped) / 64;
+    alignas(64) uint8_t some[64];
+    if (skipped > 0) {
+      encode_whole<kFormat>(task, row, start, 1, 1, &scale, some - start, false);
+      seam_.finish(codes, _mm512_load_si512(some), skipped);
+    }
+    encode_whole<kFormat>(task, row, start + skipped, whole, 1, &scale, codes - start, task.stream);
+    const int64_t left = count - skipped - 64 * whole;
+    if (left > 0) {
+      encode_whole<kFormat>(task, row, start + count - 64, 1, 1, &scale, some - (start + count - 64), false);
+      seam_.begin(codes + count, _mm512_load_si512(some), left, task.stream && count >= kLeastStreamed);
+    }
   }
 
  private:
@@ -74,10 +82,11 @@ struct LookUpBody : WideBody {
 
   // Groups of `per` whole 64s from `start` of a row and of its codes.
   template <Format kFormat>
-  static void encode_whole(const QuantizeTask& task, const void* row, int64_t start, int64_t per, int64_t count,
-                           const float* scales, uint8_t* codes) {
+  void encode_whole(const QuantizeTask& task, const void* row, int64_t start, int64_t per, int64_t count,
+                    const float* scales, uint8_t* codes, bool stream) {
     const int64_t all = count * per;
-    for (int64_t i = 0; (i = look_up<kFormat>(task, row, start, per, i, all, scales, codes)) < all; ++i) {
+    stream = stream && reinterpret_cast<uintptr_t>(codes + start) % 64 == 0;
+    for (int64_t i = 0; (i = look_up<kFormat>(task, row, start, per, i, all, scales, codes, stream)) < all; ++i) {
       const int64_t at = start + 64 * i;
       WideBody::encode_run<kFormat>(task, row, at, 64, scales[i / per], codes + at);
     }
@@ -87,15 +96,15 @@ struct LookUpBody : WideBody {
   // these loops, since it would empty all vector registers.
   template <Format kFormat>
   static MUSUBI_NOINLINE int64_t look_up(const QuantizeTask& task, const void* row, int64_t start, int64_t per,
-                                         int64_t i, int64_t all, const float* scales, uint8_t* codes) {
+                                         int64_t i, int64_t all, const float* scales, uint8_t* codes, bool stream) {
     constexpr int kMantissaBits = kFormat == Format::e4m3 ? 3 : 2;
     // w below s 2^least may have a code that is no normal number
     constexpr int kLeast = kFormat == Format::e4m3 ? -5 : -13;
     const __m512i lower = _mm512_load_si512(kLowerBytes.data()), upper = _mm512_load_si512(kUpperBytes.data());
     const __m512i magnitude = _mm512_set1_epi16(0x7fff), sign = byte(0x80);
     const __m512i kept = byte(kFormat == Format::e4m3 ? 0xf8 : 0xfc), largest = byte(Numbers<kFormat>::largest_code);
-    const bool stream = task.stream && reinterpret_cast<uintptr_t>(codes + start) % 64 == 0;
     const Steps<kFormat>& table = Steps<kFormat>::table();
+    const int64_t ahead = weights_ahead(task);
     for (int64_t group = i / per; i < all; ++group) {
       const uint32_t bits = bits_of(scales[group]);
       const int exponent = static_cast<int>(bits >> 23);
@@ -106,7 +115,7 @@ struct LookUpBody : WideBody {
       const __m512i least_normal = _mm512_set1_epi16(static_cast<int16_t>((exponent + kLeast) << 7));
       for (const int64_t end = least(all, (group + 1) * per); i < end; ++i) {
         const int64_t at = start + 64 * i;
-        fetch(row, 2 * (at + kTogether * 64 * per), 128);
+        fetch(row, 2 * (at + ahead), 128);
         const uint16_t* const from = static_cast<const uint16_t*>(row) + at;
         const __m512i w0 = _mm512_loadu_si512(from), w1 = _mm512_loadu_si512(from + 32);
         const __m512i a0 = _mm512_and_si512(w0, magnitude), a1 = _mm512_and_si512(w1, magnitude);
