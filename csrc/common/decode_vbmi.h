@@ -175,6 +175,10 @@ class Codes {
   MUSUBI_INLINE void shuffled(const uint8_t* codes, __m512* out) const {
     decoder_.floats_shuffled(_mm512_loadu_si512(codes), out);
   }
+  // The same of `count` codes, and zeros.
+  MUSUBI_INLINE void shuffled_part(const uint8_t* codes, int64_t count, __m512* out) const {
+    decoder_.floats_shuffled(_mm512_maskz_loadu_epi8(first(count), codes), out);
+  }
   static constexpr int64_t place(int64_t i) { return Decoder::float_at(i); }
 
   const Decoder& decoder() const { return decoder_; }

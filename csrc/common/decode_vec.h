@@ -41,6 +41,12 @@ class Codes {
     MUSUBI_UNROLL
     for (int i = 0; i < 64 / Vec::W; ++i) out[i] = Vec::decode(codes + i * Vec::W, format_);
   }
+  // The same of `count` codes, and zeros.
+  void shuffled_part(const uint8_t* codes, int64_t count, Vec::F* out) const {
+    uint8_t whole[64] = {};
+    std::memcpy(whole, codes, static_cast<size_t>(count));
+    shuffled(whole, out);
+  }
   static constexpr int64_t place(int64_t i) { return i; }
 
  private:

@@ -289,10 +289,10 @@ class PairLanes {
     _mm512_storeu_si512(units + 16, b);
   }
   MUSUBI_INLINE void decode_whole(const uint8_t* codes, __m512* vectors) const {
-    __m512i a, b;
-    decoder_.pairs_shuffled(_mm512_loadu_si512(codes), &a, &b);
-    vectors[0] = _mm512_castsi512_ps(a);
-    vectors[1] = _mm512_castsi512_ps(b);
+    in_vectors(_mm512_loadu_si512(codes), vectors);
+  }
+  MUSUBI_INLINE void decode_part(const uint8_t* codes, int64_t count, __m512* vectors) const {
+    in_vectors(_mm512_maskz_loadu_epi8(first(count), codes), vectors);
   }
   static constexpr int64_t place(int64_t i) { return Decoder::pair_at(i); }
 
@@ -316,6 +316,13 @@ class PairLanes {
   }
 
  private:
+  MUSUBI_INLINE void in_vectors(__m512i codes, __m512* vectors) const {
+    __m512i a, b;
+    decoder_.pairs_shuffled(codes, &a, &b);
+    vectors[0] = _mm512_castsi512_ps(a);
+    vectors[1] = _mm512_castsi512_ps(b);
+  }
+
   Decoder decoder_;
 };
 

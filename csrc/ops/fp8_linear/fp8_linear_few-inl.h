@@ -42,6 +42,10 @@ class FloatLanes {
     for (int i = 0; i < kPiece / Vec::W; ++i) Vec::store(units + i * Vec::W, vectors[i]);
   }
   MUSUBI_INLINE void decode_whole(const uint8_t* codes, Vec::F* vectors) const { codes_.shuffled(codes, vectors); }
+  // The first `count` of kPiece codes, and zeros.
+  MUSUBI_INLINE void decode_part(const uint8_t* codes, int64_t count, Vec::F* vectors) const {
+    codes_.shuffled_part(codes, count, vectors);
+  }
   static constexpr int64_t place(int64_t i) { return Codes::place(i); }
 
   template <int G>
@@ -90,7 +94,8 @@ class FewRows {
       : task_(task),
         blocks_((task.w.cols + task.w.block - 1) / task.w.block),
         block_(least(task.w.block, task.w.cols)),
-        groups_(((block_ + Lanes::kPerUnit - 1) / Lanes::kPerUnit + G - 1) / G),
+        groups_(whole_rows() ? (block_ + kPiece - 1) / kPiece * kSteps
+                             : ((block_ + Lanes::kPerUnit - 1) / Lanes::kPerUnit + G - 1) / G),
         rank_(task.low.data == nullptr ? 0 : task.low.cols) {}
 
   void run() {
@@ -112,6 +117,9 @@ class FewRows {
   static constexpr int64_t kSteps = kUnits / G;  // vectors of x per piece
   static constexpr bool kDirect = Lanes::kInRegisters && G == Vec::W;
 
+  // One row of x by rows of W that have one scale each: what is left of a row is a piece too, with zeros.
+  bool whole_rows() const { return kDirect && blocks_ == 1; }
+
   // Vector g of block b: units G g .. G g + G - 1 of the block from each row, zeros where there is no row or unit.
   void pack(float* to, float* units) const {
     if (task_.x.rows < kRows || block_ % kPiece != 0) {
@@ -122,9 +130,10 @@ class FewRows {
       for (int64_t m = 0; m < task_.x.rows; ++m) {
         for (int64_t c = 0; c < count; c += kPiece) {
           const int64_t codes = least(kPiece, count - c);
+          if (codes < kPiece && whole_rows()) std::memset(units, 0, kUnits * 4);
           Lanes::units_of(task_.x, m, b * block_ + c, codes, units);
           float* const piece = to + b * groups_ * Vec::W + c / Lanes::kPerUnit / G * Vec::W + m * G;
-          if (codes == kPiece) {
+          if (codes == kPiece || whole_rows()) {
             place_whole(units, piece);
           } else {
             const int64_t left = (codes + Lanes::kPerUnit - 1) / Lanes::kPerUnit;
@@ -158,13 +167,23 @@ class FewRows {
     float scales[R * kScales];  // at a stride that the compiler knows
     for (int64_t b = 0; b < blocks_; b += kScales) {
       const int64_t count = least(kScales, blocks_ - b);
-      for (int r = 0; r < R; ++r) scales_of_row(w, j + r, b, count, scales + r * kScales);
+      for (int r = 0; r < R; ++r) {
+        if (blocks_ == 1) {
+          scales[r * kScales] = scale_at(w, j + r, 0);
+        } else {
+          scales_of_row(w, j + r, b, count, scales + r * kScales);
+        }
+      }
       const uint8_t* const codes = w.codes + j * w.stride + b * block_;
       const float* const x = x_ + b * groups_ * Vec::W;
       if (block_ % kPiece != 0 && blocks_ > 1) {
         in_parts<R>(lanes, codes, x, count, scales, whole);
       } else if constexpr (kDirect) {
-        in_registers<R>(lanes, codes, x, count, w.cols - b * block_, scales, whole);
+        if (blocks_ == 1) {
+          in_registers<R, true>(lanes, codes, x, count, w.cols, scales, whole);
+        } else {
+          in_registers<R, false>(lanes, codes, x, count, w.cols - b * block_, scales, whole);
+        }
       } else {
         ahead<R>(lanes, codes, x, count, scales, whole);
       }
@@ -181,13 +200,13 @@ class FewRows {
   }
 
   // The three bodies: `blocks` blocks of R rows of W from `codes` by those of x at `x`, times their scales, onto
-  // `sums`. This one is for one row of x; `rest` codes of a row are left from `codes` on.
+  // `sums`. This one is for one row of x; `rest` codes of a row are left from `codes` on. kOne: one scale each row.
   //
   // It computes nearly as long as memory takes, so it must not wait besides. A line asked into L2 is forgotten where L2
   // has no room for one request more (one in five on Sapphire Rapids at full speed); one asked into L1 is not, but
   // holds one of few buffers until it is there. So each line is asked for twice, into L2 two times R rows ahead and
   // into L1 some steps ahead, which takes a tenth off a product from memory.
-  template <int R>
+  template <int R, bool kOne>
   MUSUBI_NOINLINE void in_registers(const Lanes& given, const uint8_t* codes, const float* x, int64_t blocks,
                                     int64_t rest, const float* scales, typename Vec::F* sums) const {
     const Lanes lanes = given;  // tables in registers
@@ -219,20 +238,27 @@ class FewRows {
         lanes.decode_whole(codes + row.times(r), weights);
         ask<1>(near + row.times(r), weights[0]);
         ask<2>(next + row.times(r), weights[kSteps - 1]);
-        auto part = Vec::zero();
+        auto part = kOne ? whole[r] : Vec::zero();
         MUSUBI_UNROLL
         for (int v = 0; v < kSteps; ++v) part = Lanes::multiply(xs[v], weights[v], part);
         // every piece meets its scale, so that no loop is inside another
-        whole[r] = Vec::fma(part, Vec::set1(scales[r * kScales]), whole[r]);
+        whole[r] = kOne ? part : Vec::fma(part, Vec::set1(scales[r * kScales]), whole[r]);
       }
-      if (--left == 0 && i > 1) {
+      if (!kOne && --left == 0 && i > 1) {
         left = pieces;
         ++scales;
       }
     }
     MUSUBI_UNROLL
-    for (int r = 0; r < R; ++r) sums[r] = whole[r];
-    if (block_ % kPiece != 0) add_tail<R>(given, codes, x, scales, sums);
+    for (int r = 0; r < R; ++r) {
+      if (kOne && block_ % kPiece != 0) {
+        typename Vec::F weights[kSteps];
+        lanes.decode_part(codes + row.times(r), block_ % kPiece, weights);
+        MUSUBI_UNROLL
+        for (int v = 0; v < kSteps; ++v) whole[r] = Lanes::multiply(Vec::load(x + v * Vec::W), weights[v], whole[r]);
+      }
+      sums[r] = kOne ? Vec::mul(whole[r], Vec::set1(scales[r * kScales])) : whole[r];
+    }
   }
 
   // Several rows of x: the next piece is decoded meanwhile.
