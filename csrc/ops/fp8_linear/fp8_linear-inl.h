@@ -7,6 +7,8 @@
 // x do not pay for a panel: they meet the codes as they are stored, by a table of numbers.
 //
 // Sums are carried in float32 between contraction blocks.
+#include <algorithm>
+
 #include "common/pool.h"
 #include "common/scratch.h"
 #include "ops/fp8_linear/fp8_linear_floats-inl.h"
@@ -100,6 +102,7 @@ class Multiply {
   static constexpr float kOne = 1.0f;
   static constexpr int64_t kMostByCodes = 128;  // rows from which on a panel pays for its decoding
   static constexpr int64_t kLeastRun = 32;      // codes with one scale
+  static constexpr int64_t kNumbers = 256;
 
   // Rows of x, and of the low-rank activation, which is made here where it has to be.
   void pack_part(int64_t first_row, int64_t rows) {
@@ -249,12 +252,15 @@ class Multiply {
   void panel(int64_t j0) const {
     const int64_t jn = least(wide_, outputs_ - j0);
     const int64_t stride = task_.transposed ? kMostOutputs : Kernel::kForwardStride;
-    float* const weights = static_cast<float*>(scratch(Slot::panel, (most_units() + 16) * wide_ * 4));
+    const bool by_codes = by_codes_ && vectors_ > 1;  // the last rows of many may be few
+    const int64_t room = by_codes ? kNumbers + blocks() * wide_ : 0;
+    float* const weights = static_cast<float*>(scratch(Slot::panel, 4 * std::max((most_units() + 16) * wide_, room)));
     float* const sums = static_cast<float*>(scratch(Slot::sums, vectors_ * Vec::W * wide_ * 4));
     float* const bias = static_cast<float*>(scratch(Slot::rows, (wide_ + Vec::W) * 4));
     for (int64_t j = 0; j < wide_ + Vec::W; ++j) bias[j] = 0.0f;
     if (task_.bias.data != nullptr) read_row(task_.bias, 0, j0, jn, bias);
     if (units_ == 0) std::memset(sums, 0, static_cast<size_t>(vectors_ * Vec::W * wide_ * 4));
+    if (by_codes) numbers_of(j0, jn, weights);
     int64_t u = 0;
     do {
       const bool in_tail = u >= main_units_;
@@ -263,8 +269,8 @@ class Multiply {
       Coded coded;
       if (in_tail) {
         fill_tail(j0, jn, weights, stride, u - main_units_);
-      } else if (by_codes_ && vectors_ > 1) {  // the last rows of many may be few
-        numbers_of(j0, jn, u, un, weights, &coded);
+      } else if (by_codes) {
+        coded = coded_at(j0, u, un, weights);
         now.coded = &coded;
       } else {
         fill(j0, jn, u, un, weights, stride);
@@ -274,25 +280,43 @@ class Multiply {
     } while (u < units_);
   }
 
-  // The codes of outputs from j0 and units from u, with the numbers that codes stand for and the scales at `room`.
-  void numbers_of(int64_t j0, int64_t jn, int64_t u, int64_t un, float* room, Coded* out) const {
-    uint8_t all[256];
-    for (int code = 0; code < 256; ++code) all[code] = static_cast<uint8_t>(code);
-    Codes(weight_.format).floats(all, 256, 1.0f, room);
-    out->numbers = room;
-    out->codes = weight_.codes + j0 * weight_.stride + u;
-    out->stride = weight_.stride;
-    out->scales = room + 256;
-    out->wide = wide_;
-    int64_t b = u / weight_.block;
-    for (int64_t c = u; c < u + un; ++b) {
-      const int64_t end = least(u + un, (b + 1) * weight_.block);
-      float* const scales = room + 256 + out->runs * wide_;
-      for (int64_t j = 0; j < wide_; ++j) scales[j] = j < jn ? scale_at(weight_, j0 + j, b) : 0.0f;
-      out->lengths[out->runs++] = end - c;
-      c = end;
+  // What codes stand for, and the scales of `jn` outputs from j0, [blocks][wide], zeros beyond.
+  void numbers_of(int64_t j0, int64_t jn, float* room) const {
+    uint8_t all[kNumbers];
+    for (int code = 0; code < kNumbers; ++code) all[code] = static_cast<uint8_t>(code);
+    Codes(weight_.format).floats(all, kNumbers, 1.0f, room);
+    const Rows scales{weight_.scale, outputs_, blocks(), weight_.scale_row, weight_.scale_dtype};
+    float* const to = room + kNumbers;
+    for (int64_t b = 0; b < blocks(); b += Vec::W) {
+      const int64_t count = least(Vec::W, blocks() - b);
+      for (int64_t j = 0; j < wide_; j += Vec::W) {
+        typename Vec::F r[Vec::W];
+        for (int64_t i = 0; i < Vec::W; ++i) {
+          float few[Vec::W] = {};
+          if (j + i < jn && weight_.scale_block == 1) read_row(scales, j0 + j + i, b, count, few);
+          for (int64_t c = 0; j + i < jn && weight_.scale_block != 1 && c < count; ++c) {
+            few[c] = scale_at(weight_, j0 + j + i, b + c);
+          }
+          r[i] = Vec::load(few);
+        }
+        Vec::transpose(r);
+        for (int64_t c = 0; c < count; ++c) Vec::store(to + (b + c) * wide_ + j, r[c]);
+      }
     }
   }
+
+  // The codes of outputs from j0 and units from u, by what `numbers_of` has left at `room`.
+  Coded coded_at(int64_t j0, int64_t u, int64_t un, const float* room) const {
+    const int64_t first = u / weight_.block;
+    Coded coded{
+        weight_.codes + j0 * weight_.stride + u, weight_.stride, room, room + kNumbers + first * wide_, wide_, 0, {}};
+    for (int64_t c = u; c < u + un; c += coded.lengths[coded.runs++]) {
+      coded.lengths[coded.runs] = least(u + un, (first + coded.runs + 1) * weight_.block) - c;
+    }
+    return coded;
+  }
+
+  int64_t blocks() const { return (contraction_ + weight_.block - 1) / weight_.block; }
 
   // Units of the contraction that are decoded at once.
   int64_t most_units() const { return task_.transposed ? kMostUnits : Kernel::kForwardUnits; }
