@@ -22,9 +22,8 @@ void prepare_pages(void* data, int64_t bytes) {
 #endif
 }
 
-bool better_streamed(const void* data, int64_t bytes) {
-  constexpr int64_t kLeastBytes = int64_t{8} << 20;
-  if (bytes < kLeastBytes) return false;
+bool better_streamed(const void* data, int64_t bytes, int64_t least) {
+  if (bytes < least) return false;
 #if defined(__linux__)
   // the page in the middle stands for all
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
