@@ -75,24 +75,36 @@ def read(ones: torch.Tensor) -> None:
     _memchr(ones.data_ptr(), 2, ones.nbytes)
 
 
-def copied(source: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor's copy by libc, which writes large ones past the caches; torch's own does not."""
-    target = torch.empty_like(source)
-    ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+def into_new(source: torch.Tensor, size: int) -> torch.Tensor:
+    """A new tensor of `size` bytes, made by torch: a contiguous tensor of bytes, and zeros behind it."""
+    target = torch.empty(size, dtype=torch.uint8)
+    target[: source.numel()].copy_(source)
+    target[source.numel() :].zero_()
     return target
 
 
-def fresh_copy(source: torch.Tensor) -> None:
-    """Copies a contiguous tensor into memory that the system has just made, with pages of 2 MiB where it has them: what
-    any operation must do whose result is new and too large for the allocator to have kept."""
-    size, page = source.nbytes, 2 << 20
+def by_libc(source: torch.Tensor, size: int) -> torch.Tensor:
+    """The same by libc, which writes large results past the caches; torch does not."""
+    target = torch.empty(size, dtype=torch.uint8)
+    _written(target.data_ptr(), source, size)
+    return target
+
+
+def in_fresh_pages(source: torch.Tensor, size: int) -> None:
+    """The same by libc in memory that the system has just made, with pages of 2 MiB where it has them: what any
+    operation must do whose result is new and too large for the allocator to have kept."""
+    page = 2 << 20
     pages = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a system without such pages
             pages.madvise(mmap.MADV_HUGEPAGE)
     target = torch.frombuffer(pages, dtype=torch.uint8)
-    start = -target.data_ptr() % page
-    ctypes.memmove(target.data_ptr() + start, source.data_ptr(), size)
+    _written(target.data_ptr() + -target.data_ptr() % page, source, size)
+
+
+def _written(address: int, source: torch.Tensor, size: int) -> None:
+    ctypes.memmove(address, source.data_ptr(), source.nbytes)
+    ctypes.memset(address + source.nbytes, 0, size - source.nbytes)
 
 
 def cache_bytes() -> int:

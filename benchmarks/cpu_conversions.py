@@ -8,10 +8,10 @@ from typing import Final
 import torch
 
 import cpu_gates as gates
-from cpu_clock import Call, copied, fresh_copy, in_turn
+from cpu_clock import Call, by_libc, in_fresh_pages, in_turn, into_new
 from cpu_gates import Gate, Row, compared
 from cpu_peers import usual_weight
-from cpu_products import Weight
+from cpu_products import Weight, readers
 from musubi_kernels import dequantize_fp8, quantize_fp8
 
 BLOCK: Final = 64
@@ -30,34 +30,33 @@ def quantise_row(w: torch.Tensor) -> Row:
         "clone": w.clone,
         "copy": lambda: target.copy_(w),
     }
-    times, most = moving(calls, q)
-    moved, copying = w.nbytes + q.nbytes + scale.nbytes, 2 * w.nbytes / times["copy"]
-    figures = speeds(moved, times, most, copying)
+    stored = q.nbytes + scale.nbytes
+    times, least = moving(calls, w.nbytes, stored)
+    figures = speeds(w.nbytes + stored, times, least, 2 * w.nbytes / times["copy"])
     kind = str(w.dtype).removeprefix("torch.")
-    return compared(
-        f"quantise {kind}",
-        (w.shape[0], w.shape[1], 0),
-        times,
-        {"usual": gates.QUANTISE[kind]},
-        least=gates.least_seconds(moved=moved, speed=most),
-        figures=figures,
-        extra=(Gate("copy share", figures["copy share"], gates.COPY_SHARE, possible=most / copying),),
+    share = Gate(
+        "copy share", figures["copy share"], gates.COPY_SHARE, possible=figures["copy share"] * times["ours"] / least
     )
+    size, wanted = (w.shape[0], w.shape[1], 0), {"usual": gates.QUANTISE[kind]}
+    return compared(f"quantise {kind}", size, times, wanted, least=least, figures=figures, extra=(share,))
 
 
-def moving(calls: Mapping[str, Call], result: torch.Tensor) -> tuple[dict[str, float], float]:
-    """(times of the calls, bytes a second that the machine moves in the same turn into a new tensor of the result's
-    size): by the fastest of torch's copy and libc's into memory from the allocator, which may have kept it, and
-    libc's into fresh memory with large pages. Each has a source of its own: one that another has just read would come
-    from cache, as ours does not."""
-    first, second, third = (result.view(torch.uint8).clone() for _ in range(3))
-    ways = {
-        "clone result": first.clone,
-        "copy result": lambda: copied(second),
-        "fresh result": lambda: fresh_copy(third),
+def moving(calls: Mapping[str, Call], source: int, size: int) -> tuple[dict[str, float], float]:
+    """(times of the calls, the time that the machine needs in the same turn to read `source` bytes and write `size`
+    into a new tensor, whatever it computes between).
+
+    The fastest of three ways to write counts, and the faster of two to read what a source has more than the result.
+    Each has a source of its own: one that another has just read would come from cache, as ours does not.
+    """
+    first, second, third = (torch.ones(min(source, size), dtype=torch.uint8) for _ in range(3))
+    writing = {
+        "written by torch": lambda: into_new(first, size),
+        "written by libc": lambda: by_libc(second, size),
+        "fresh": lambda: in_fresh_pages(third, size),
     }
-    times = in_turn({**calls, **ways})
-    return times, 2 * result.nbytes / min(times.pop(name) for name in ways)
+    reading = readers(source - size, "the rest") if source > size else {}
+    times = in_turn({**calls, **writing, **reading})
+    return times, sum(min(times.pop(name) for name in ways) for ways in (writing, reading) if ways)
 
 
 def usual_codes(w: torch.Tensor) -> object:
@@ -76,19 +75,17 @@ def dequantise_row(w: Weight) -> Row:
         "clone": w.dense.clone,
         "copy": lambda: target.copy_(w.dense),
     }
-    times, most = moving(calls, w.dense)
+    times, least = moving(calls, w.stored, w.dense.nbytes)
     usual, clone = gates.DEQUANTISE
-    moved = w.stored + w.dense.nbytes
-    figures = speeds(moved, times, most, 2 * w.dense.nbytes / times["copy"])
-    least = gates.least_seconds(moved=moved, speed=most)
+    figures = speeds(w.stored + w.dense.nbytes, times, least, 2 * w.dense.nbytes / times["copy"])
     return compared("dequantise", (*w.shape, 0), times, {"usual": usual, "clone": clone}, least=least, figures=figures)
 
 
-def speeds(moved: int, times: Mapping[str, float], most: float, copying: float) -> dict[str, float]:
+def speeds(moved: int, times: Mapping[str, float], least: float, copying: float) -> dict[str, float]:
     """Bytes per second that ours moves, beside the most that is possible, and its share of a copy into memory that
     exists."""
     ours = moved / times["ours"]
-    return {"copy share": ours / copying, "GB/s": ours / 1e9, "GB/s possible": most / 1e9}
+    return {"copy share": ours / copying, "GB/s": ours / 1e9, "GB/s possible": moved / least / 1e9}
 
 
 def search_row(w: torch.Tensor) -> Row:

@@ -148,6 +148,22 @@ def test_a_miss_is_measured_again_and_then_fails(
     assert benchmark.main([*options, "--gate", "0.5"]) == 0
 
 
+def test_conversions_are_measured_in_a_process_of_their_own(
+    native: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = benchmark.parse(["--gate", "0"])
+    rows = benchmark.apart("conversions", (64, 128), options)
+    assert [(each.what, each.n, each.k) for each in rows] == [
+        ("quantise bfloat16", 64, 128),
+        ("quantise float32", 64, 128),
+        ("dequantise", 64, 128),
+    ]
+    assert all(each.milliseconds > 0 and each.gates and "copy share" in each.figures for each in rows)
+    (lost,) = benchmark.apart("conversions", (64, 128), options, {"MUSUBI_KERNELS": "reference"})
+    assert lost.verdict(1.0) == "miss", "a process that measures nothing is a miss, not a pass"
+    assert "MUSUBI_KERNELS = reference pins another backend" in capsys.readouterr().out
+
+
 def test_peers_are_gated_and_the_absent_are_named(native: None, monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     dense = w.double()
