@@ -6,6 +6,13 @@
 #endif
 
 namespace musubi {
+#if defined(__linux__)
+namespace {
+
+uintptr_t page_bytes() { return static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)); }
+
+}  // namespace
+#endif
 
 void prepare_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -22,18 +29,32 @@ void prepare_pages(void* data, int64_t bytes) {
 #endif
 }
 
-bool better_streamed(const void* data, int64_t bytes, int64_t least) {
-  if (bytes < least) return false;
+Pages pages_of(void* data, int64_t bytes, int64_t least_streamed) {
+  constexpr int64_t kLeastBytes = int64_t{256} << 10;
+  prepare_pages(data, bytes);
+  if (bytes < kLeastBytes) return {};
 #if defined(__linux__)
   // the page in the middle stands for all
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t page = page_bytes();
   const uintptr_t middle = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes / 2)) / page * page;
   unsigned char there = 1;
-  if (mincore(reinterpret_cast<void*>(middle), page, &there) == 0) return (there & 1) != 0;
+  if (mincore(reinterpret_cast<void*>(middle), page, &there) == 0 && (there & 1) == 0) return {false, true};
 #else
   static_cast<void>(data);
 #endif
-  return true;
+  return {bytes >= least_streamed, false};
+}
+
+void make_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack; older systems (5.13) refuse it
+  const uintptr_t page = page_bytes(), start = reinterpret_cast<uintptr_t>(data) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes) + page - 1) / page * page;
+  static_cast<void>(madvise(reinterpret_cast<void*>(start), end - start, kPopulateWrite));
+#else
+  static_cast<void>(data);
+  static_cast<void>(bytes);
+#endif
 }
 
 }  // namespace musubi

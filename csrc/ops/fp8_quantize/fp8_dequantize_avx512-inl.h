@@ -117,14 +117,14 @@ struct TableBody {
       const __m512 scale = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(bits)));
       const Products products = Products::of(_mm512_mul_ps(c.normal, scale), c);
       __m512i lower, upper;
-      const int64_t first = k, skipped = to_next_line(out + 2 * k, task.stream, 2 * (end - k)) / 2;
+      const int64_t first = k, skipped = to_next_line(out + 2 * k, task.pages.stream, 2 * (end - k)) / 2;
       if (skipped > 0) {
         if (!look_up(half_of(codes + k, c), products, scale, c, &lower, &upper)) return k;
         seam_.finish(out + 2 * k, _mm512_unpacklo_epi8(lower, upper), 2 * skipped);
         k += skipped;
       }
       const bool whole_lines = w.block % 32 == 0 || skipped > 0 || 2 * (end - k) >= kLeastStreamed;
-      const bool stream = task.stream && whole_lines && reinterpret_cast<uintptr_t>(out + 2 * k) % 64 == 0;
+      const bool stream = task.pages.stream && whole_lines && reinterpret_cast<uintptr_t>(out + 2 * k) % 64 == 0;
       for (; k + 64 <= end; k += 64) {
         fetch(codes, k + kAhead, 1);
         const __m512i x = _mm512_permutexvar_epi64(c.order, _mm512_loadu_si512(codes + k));

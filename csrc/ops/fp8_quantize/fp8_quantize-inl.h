@@ -174,7 +174,9 @@ void quantize_groups(const QuantizeTask& task) {
     Body body;
     alignas(64) uint32_t peaks[kTogether] = {};
     alignas(64) float scales[kTogether];
-    for (int64_t r = chunk * rows; r < least(task.w.rows, (chunk + 1) * rows); ++r) {
+    const int64_t end = least(task.w.rows, (chunk + 1) * rows);
+    if (task.pages.fresh) make_pages(task.codes + chunk * rows * task.w.cols, (end - chunk * rows) * task.w.cols);
+    for (int64_t r = chunk * rows; r < end; ++r) {
       const void* const row = row_of(task.w, r);
       for (int64_t g = 0; g < per_row; g += kTogether) {
         const int count = static_cast<int>(least(kTogether, per_row - g));
@@ -214,6 +216,7 @@ void quantize_whole(const QuantizeTask& task) {
   parallel_chunks(chunks, task.threads, [&](int64_t c) {
     Body body;
     const int64_t start = c * kChunkWeights;
+    if (task.pages.fresh) make_pages(task.codes + start, count(c));
     body.template encode_run<kFormat>(task, task.w.data, start, count(c), scale, task.codes + start);
     body.done();
   });
@@ -245,7 +248,12 @@ void dequantize_with(const DequantizeTask& task) {
   parallel_chunks(chunks, task.threads, [&](int64_t chunk) {
     Body body;
     const int64_t first = chunk / per_row * rows, k0 = chunk % per_row * piece, k1 = least(w.cols, k0 + piece);
-    for (int64_t n = first; n < least(w.rows, first + rows); ++n) body.decode(task, n, k0, k1);
+    const int64_t last = least(w.rows, first + rows);
+    if (task.pages.fresh) {
+      const int64_t size = size_of(task.out_dtype), from = first * w.cols + k0, to = (last - 1) * w.cols + k1;
+      make_pages(static_cast<char*>(task.out) + from * size, (to - from) * size);
+    }
+    for (int64_t n = first; n < last; ++n) body.decode(task, n, k0, k1);
     body.done();
   });
 }

@@ -42,9 +42,8 @@ DequantizeKernel dequantize_kernel(Isa isa) {
 
 void dequantize_anew(DequantizeKernel kernel, DequantizeTask task) {
   const int64_t bytes = task.w.rows * task.w.cols * size_of(task.out_dtype);
-  prepare_pages(task.out, bytes);
   constexpr int64_t kLeast = int64_t{8} << 20;  // a product reads them next, from a cache if that holds them
-  task.stream = better_streamed(task.out, bytes, kLeast);
+  task.pages = pages_of(task.out, bytes, kLeast);
   kernel(task);
 }
 

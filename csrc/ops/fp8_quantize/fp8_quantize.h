@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/isa.h"
+#include "common/pages.h"
 #include "common/types.h"
 
 namespace musubi {
@@ -16,7 +17,7 @@ struct QuantizeTask {
   bool search = false;       // least squared error over factors of the absmax scale
   uint8_t* codes = nullptr;  // contiguous
   void* scales = nullptr;    // contiguous, one per group, of scale_dtype
-  bool stream = false;       // write codes past the caches, see pages.h
+  Pages pages;               // those of the codes
   int threads = 1;
 };
 
@@ -24,7 +25,7 @@ struct DequantizeTask {
   Fp8Rows w;
   void* out = nullptr;  // contiguous
   Dtype out_dtype = Dtype::f32;
-  bool stream = false;  // as above
+  Pages pages;  // those of `out`
   int threads = 1;
 };
 

@@ -209,9 +209,10 @@ struct WideBody {
     for (int g = 0; g < count; ++g) {
       if (scales[g] == 0.0f || width < 64) continue;
       const int64_t first = start + g * width, end = first + width;
-      const int64_t skipped = to_next_line(codes + first, task.stream, width);
+      const int64_t skipped = to_next_line(codes + first, task.pages.stream, width);
       const bool whole_lines = width % 64 == 0 || width >= kLeastStreamed;
-      const bool stream = task.stream && whole_lines && reinterpret_cast<uintptr_t>(codes + first + skipped) % 64 == 0;
+      const bool stream =
+          task.pages.stream && whole_lines && reinterpret_cast<uintptr_t>(codes + first + skipped) % 64 == 0;
       const __m512 divisor = _mm512_set1_ps(scales[g]), inverse = _mm512_set1_ps(inverses[g]);
       const auto at = [&](int64_t i) { return codes_of<kFormat, kDtype, kShort>(row, i, divisor, inverse); };
       if (skipped > 0) seam_.finish(codes + first, at(first), skipped);

@@ -22,9 +22,8 @@ void quantize(int64_t isa, int64_t threads, int64_t w, int64_t rows, int64_t col
   task.threads = static_cast<int>(threads);
   const QuantizeKernel kernel = quantize_kernel(isa_of(isa));
   pybind11::gil_scoped_release release;
-  prepare_pages(task.codes, rows * cols);
   constexpr int64_t kLeast = int64_t{4} << 20;  // codes are kept, and seldom read at once
-  task.stream = better_streamed(task.codes, rows * cols, kLeast);
+  task.pages = pages_of(task.codes, rows * cols, kLeast);
   kernel(task);
 }
 

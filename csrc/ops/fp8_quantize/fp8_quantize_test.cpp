@@ -136,7 +136,7 @@ void bodies_quantise_alike(Format format, Dtype dtype, Dtype scale_dtype, int64_
     task.scale_dtype = scale_dtype;
     task.codes = codes.data() + 64 - reinterpret_cast<uintptr_t>(codes.data()) % 64;
     task.scales = scales.data();
-    task.stream = stream;
+    task.pages.stream = stream;
     musubi::quantize_kernel(isa)(task);
     codes.erase(codes.begin(), codes.begin() + (task.codes - codes.data()));
     codes.resize(static_cast<size_t>(rows * cols));
@@ -173,7 +173,7 @@ void bodies_dequantise_alike(Format format, Dtype scale_dtype, Dtype dtype, int6
     char* const to = reinterpret_cast<char*>(out.data()) + 64 - reinterpret_cast<uintptr_t>(out.data()) % 64;
     task.out = to;
     task.out_dtype = dtype;
-    task.stream = stream;
+    task.pages.stream = stream;
     musubi::dequantize_kernel(isa)(task);
     out.erase(out.begin(), out.begin() + (to - reinterpret_cast<char*>(out.data())));
     out.resize(static_cast<size_t>(rows * cols * size));
@@ -216,7 +216,7 @@ void long_rows_meet(Format format, Dtype dtype, int64_t cols, int64_t offset) {
       task.w = {codes.data(), rows, cols, cols, scales.data(), 1, 0, cols, Dtype::f32, format};
       task.out = to;
       task.out_dtype = Dtype::bf16;
-      task.stream = stream;
+      task.pages.stream = stream;
       task.threads = 2;
       musubi::dequantize_kernel(isa)(task);
     } else {
@@ -228,7 +228,7 @@ void long_rows_meet(Format format, Dtype dtype, int64_t cols, int64_t offset) {
       std::vector<float> found(static_cast<size_t>(rows));
       task.codes = to;
       task.scales = found.data();
-      task.stream = stream;
+      task.pages.stream = stream;
       task.threads = 2;
       musubi::quantize_kernel(isa)(task);
     }

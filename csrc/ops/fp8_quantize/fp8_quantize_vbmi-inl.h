@@ -46,7 +46,7 @@ struct LookUpBody : WideBody {
   void encode_groups(const QuantizeTask& task, const void* row, int64_t start, int count, const float* scales,
                      uint8_t* codes) {
     if (served(task) && task.width % 64 == 0) {
-      encode_whole<kFormat>(task, row, start, task.width / 64, count, scales, codes, task.stream);
+      encode_whole<kFormat>(task, row, start, task.width / 64, count, scales, codes, task.pages.stream);
     } else if (served(task) && task.width > 256) {  // several looks at a table of its own
       for (int i = 0; i < count; ++i) {
         const int64_t at = start + i * task.width;
@@ -61,17 +61,17 @@ struct LookUpBody : WideBody {
   void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count, float scale,
                   uint8_t* codes) {
     if (!served(task) || count < 64) return WideBody::encode_run<kFormat>(task, row, start, count, scale, codes);
-    const int64_t skipped = to_next_line(codes, task.stream, count), whole = (count - skipped) / 64;
+    const int64_t skipped = to_next_line(codes, task.pages.stream, count), whole = (count - skipped) / 64;
     alignas(64) uint8_t some[64];
     if (skipped > 0) {
       encode_whole<kFormat>(task, row, start, 1, 1, &scale, some - start, false);
       seam_.finish(codes, _mm512_load_si512(some), skipped);
     }
-    encode_whole<kFormat>(task, row, start + skipped, whole, 1, &scale, codes - start, task.stream);
+    encode_whole<kFormat>(task, row, start + skipped, whole, 1, &scale, codes - start, task.pages.stream);
     const int64_t left = count - skipped - 64 * whole;
     if (left > 0) {
       encode_whole<kFormat>(task, row, start + count - 64, 1, 1, &scale, some - (start + count - 64), false);
-      seam_.begin(codes + count, _mm512_load_si512(some), left, task.stream && count >= kLeastStreamed);
+      seam_.begin(codes + count, _mm512_load_si512(some), left, task.pages.stream && count >= kLeastStreamed);
     }
   }
 
