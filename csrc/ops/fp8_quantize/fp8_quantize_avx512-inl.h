@@ -105,6 +105,86 @@ struct WideBody {
   }
 
  protected:
+  // Groups of `width` weights from `start` of a row and of `codes`. kShort: weights and scales have at most 11
+  // significant bits.
+  template <Format kFormat, Dtype kDtype, bool kShort>
+  MUSUBI_NOINLINE void encode_all(const QuantizeTask& task, const void* row, int64_t start, int64_t width, int count,
+                                  const float* scales, uint8_t* codes) {
+    constexpr int64_t kSize = kDtype == Dtype::f32 ? 4 : 2;
+    alignas(64) float inverses[kTogether];
+    for (int i = 0; i < kTogether; ++i) inverses[i] = 1.0f / scales[i];
+    const int64_t ahead = weights_ahead(task);
+    for (int g = 0; g < count; ++g) {
+      if (scales[g] == 0.0f || width < 64) continue;
+      const int64_t first = start + g * width, end = first + width;
+      const int64_t skipped = to_next_line(codes + first, task.pages.stream, width);
+      const bool whole_lines = width % 64 == 0 || width >= kLeastStreamed;
+      const bool stream =
+          task.pages.stream && whole_lines && reinterpret_cast<uintptr_t>(codes + first + skipped) % 64 == 0;
+      const Divisor divisor(scales[g], inverses[g]);
+      const auto at = [&](int64_t i) { return codes_of<kFormat, kDtype, kShort>(row, i, divisor, divisor); };
+      if (skipped > 0) seam_.finish(codes + first, at(first), skipped);
+      int64_t i = first + skipped;
+      for (; i + 64 <= end; i += 64) {
+        fetch(row, (i + ahead) * kSize, 64 * kSize);
+        put64(codes + i, at(i), stream);
+      }
+      if (i < end) seam_.begin(codes + end, at(end - 64), end - i, stream);
+    }
+    for (int g = 0; g < count; ++g) {  // apart: a call empties all vector registers
+      const int64_t whole = scales[g] == 0.0f || width < 64 ? 0 : width, first = start + g * width + whole;
+      if (whole < width) PlainBody::encode_run<kFormat>(task, row, first, width - whole, scales[g], codes + first);
+    }
+  }
+
+  // Groups of 32, two at a time.
+  template <Format kFormat, Dtype kDtype>
+  MUSUBI_NOINLINE void encode_pairs(const QuantizeTask& task, const void* row, int64_t start, int count,
+                                    const float* scales, uint8_t* codes) {
+    constexpr int64_t kSize = kDtype == Dtype::f32 ? 4 : 2;
+    alignas(64) float inverses[kTogether];
+    for (int i = 0; i < kTogether; ++i) inverses[i] = 1.0f / scales[i];
+    const bool stream = task.pages.stream && reinterpret_cast<uintptr_t>(codes + start) % 64 == 0;
+    const int64_t ahead = weights_ahead(task);
+    bool done[kTogether] = {};
+    for (int g = 0; g + 2 <= count; g += 2) {
+      const int64_t at = start + 32 * g;
+      fetch(row, (at + ahead) * kSize, 64 * kSize);
+      done[g] = done[g + 1] = scales[g] != 0.0f && scales[g + 1] != 0.0f;
+      if (!done[g]) continue;
+      const Divisor first(scales[g], inverses[g]), second(scales[g + 1], inverses[g + 1]);
+      put64(codes + at, codes_of<kFormat, kDtype, false>(row, at, first, second), stream);
+    }
+    for (int g = 0; g < count; ++g) {
+      const int64_t at = start + 32 * g;
+      if (!done[g]) PlainBody::encode_run<kFormat>(task, row, at, 32, scales[g], codes + at);
+    }
+  }
+
+  struct Divisor {
+    __m512 scale, inverse;
+    Divisor(float value, float its_inverse) : scale(_mm512_set1_ps(value)), inverse(_mm512_set1_ps(its_inverse)) {}
+  };
+
+  // The codes of 64 weights from `start`, 32 of each divisor.
+  template <Format kFormat, Dtype kDtype, bool kShort>
+  static MUSUBI_INLINE __m512i codes_of(const void* row, int64_t start, const Divisor& low, const Divisor& high) {
+    __m512i w[4], c[4];
+    MUSUBI_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const __m512 each = Vec::load_as(row, kDtype, start + 16 * j);
+      w[j] = _mm512_castps_si512(each);
+      const Divisor& divisor = j < 2 ? low : high;
+      c[j] = sizes<kFormat>(quotient<kShort>(each, divisor.scale, divisor.inverse));
+    }
+    const __m512i sizes = _mm512_packus_epi16(_mm512_packus_epi32(c[0], c[1]), _mm512_packus_epi32(c[2], c[3]));
+    // signed packing keeps signs, and a corrected quotient has lost that of -0
+    const __m512i signs = _mm512_packs_epi16(_mm512_packs_epi32(w[0], w[1]), _mm512_packs_epi32(w[2], w[3]));
+    const __m512i shifted = _mm512_add_epi8(sizes, _mm512_set1_epi8(Numbers<kFormat>::code_offset));
+    const __m512i done = _mm512_ternarylogic_epi32(shifted, signs, _mm512_set1_epi8(-0x80), 0xf8);
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), done);
+  }
+
   Seam seam_;
 
  private:
@@ -183,8 +263,13 @@ struct WideBody {
   }
 
   template <Format kFormat>
-  MUSUBI_INLINE void encode_as(const QuantizeTask& task, const void* row, int64_t start, int64_t width, int count,
-                               const float* scales, uint8_t* codes) {
+  MUSUBI_NOINLINE void encode_as(const QuantizeTask& task, const void* row, int64_t start, int64_t width, int count,
+                                 const float* scales, uint8_t* codes) {
+    if (width == 32) {
+      if (task.w.dtype == Dtype::f32) return encode_pairs<kFormat, Dtype::f32>(task, row, start, count, scales, codes);
+      if (task.w.dtype == Dtype::f16) return encode_pairs<kFormat, Dtype::f16>(task, row, start, count, scales, codes);
+      return encode_pairs<kFormat, Dtype::bf16>(task, row, start, count, scales, codes);
+    }
     const bool short_scale = task.scale_dtype != Dtype::f32;
     if (task.w.dtype == Dtype::f32) {
       encode_all<kFormat, Dtype::f32, false>(task, row, start, width, count, scales, codes);
@@ -195,56 +280,6 @@ struct WideBody {
       short_scale ? encode_all<kFormat, Dtype::f16, true>(task, row, start, width, count, scales, codes)
                   : encode_all<kFormat, Dtype::f16, false>(task, row, start, width, count, scales, codes);
     }
-  }
-
-  // Groups of `width` weights from `start` of a row and of `codes`. kShort: weights and scales have at most 11
-  // significant bits.
-  template <Format kFormat, Dtype kDtype, bool kShort>
-  MUSUBI_NOINLINE void encode_all(const QuantizeTask& task, const void* row, int64_t start, int64_t width, int count,
-                                  const float* scales, uint8_t* codes) {
-    constexpr int64_t kSize = kDtype == Dtype::f32 ? 4 : 2;
-    alignas(64) float inverses[kTogether];
-    for (int i = 0; i < kTogether; ++i) inverses[i] = 1.0f / scales[i];
-    const int64_t ahead = weights_ahead(task);
-    for (int g = 0; g < count; ++g) {
-      if (scales[g] == 0.0f || width < 64) continue;
-      const int64_t first = start + g * width, end = first + width;
-      const int64_t skipped = to_next_line(codes + first, task.pages.stream, width);
-      const bool whole_lines = width % 64 == 0 || width >= kLeastStreamed;
-      const bool stream =
-          task.pages.stream && whole_lines && reinterpret_cast<uintptr_t>(codes + first + skipped) % 64 == 0;
-      const __m512 divisor = _mm512_set1_ps(scales[g]), inverse = _mm512_set1_ps(inverses[g]);
-      const auto at = [&](int64_t i) { return codes_of<kFormat, kDtype, kShort>(row, i, divisor, inverse); };
-      if (skipped > 0) seam_.finish(codes + first, at(first), skipped);
-      int64_t i = first + skipped;
-      for (; i + 64 <= end; i += 64) {
-        fetch(row, (i + ahead) * kSize, 64 * kSize);
-        put64(codes + i, at(i), stream);
-      }
-      if (i < end) seam_.begin(codes + end, at(end - 64), end - i, stream);
-    }
-    for (int g = 0; g < count; ++g) {  // apart: a call empties all vector registers
-      const int64_t whole = scales[g] == 0.0f || width < 64 ? 0 : width, first = start + g * width + whole;
-      if (whole < width) PlainBody::encode_run<kFormat>(task, row, first, width - whole, scales[g], codes + first);
-    }
-  }
-
-  // The codes of 64 weights from `start`.
-  template <Format kFormat, Dtype kDtype, bool kShort>
-  static MUSUBI_INLINE __m512i codes_of(const void* row, int64_t start, __m512 divisor, __m512 inverse) {
-    __m512i w[4], c[4];
-    MUSUBI_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const __m512 each = Vec::load_as(row, kDtype, start + 16 * j);
-      w[j] = _mm512_castps_si512(each);
-      c[j] = sizes<kFormat>(quotient<kShort>(each, divisor, inverse));
-    }
-    const __m512i sizes = _mm512_packus_epi16(_mm512_packus_epi32(c[0], c[1]), _mm512_packus_epi32(c[2], c[3]));
-    // signed packing keeps signs, and a corrected quotient has lost that of -0
-    const __m512i signs = _mm512_packs_epi16(_mm512_packs_epi32(w[0], w[1]), _mm512_packs_epi32(w[2], w[3]));
-    const __m512i shifted = _mm512_add_epi8(sizes, _mm512_set1_epi8(Numbers<kFormat>::code_offset));
-    const __m512i done = _mm512_ternarylogic_epi32(shifted, signs, _mm512_set1_epi8(-0x80), 0xf8);
-    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), done);
   }
 
   // w / s, rounded once as a division is, which takes several times as long. One correction by the remainder makes a

@@ -6,7 +6,10 @@
 namespace musubi {
 namespace MUSUBI_ISA {
 
-void quantize(const QuantizeTask& task) { quantize_with<LookUpBody>(task); }
+void quantize(const QuantizeTask& task) {
+  if (!LookUpBody::serves(task)) return avx512::quantize(task);  // the same code, compiled once
+  quantize_with<LookUpBody>(task);
+}
 
 void dequantize(const DequantizeTask& task) { dequantize_with<TableBody>(task); }
 

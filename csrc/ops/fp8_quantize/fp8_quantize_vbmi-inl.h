@@ -42,25 +42,36 @@ struct Steps {
 };
 
 struct LookUpBody : WideBody {
+  static bool serves(const QuantizeTask& task) {
+    return task.w.dtype == Dtype::bf16 && task.scale_dtype == Dtype::bf16;
+  }
+
+  static uint32_t peak_bits(const void* from, Dtype, int64_t start, int64_t count) {
+    return WideBody::peak_bits(from, Dtype::bf16, start, count);
+  }
+  static MUSUBI_INLINE void peaks(const void* from, Dtype, int64_t start, int64_t width, int count, uint32_t* out) {
+    WideBody::peaks(from, Dtype::bf16, start, width, count, out);
+  }
+
   template <Format kFormat>
   void encode_groups(const QuantizeTask& task, const void* row, int64_t start, int count, const float* scales,
                      uint8_t* codes) {
-    if (served(task) && task.width % 64 == 0) {
+    if (task.width % 64 == 0) {
       encode_whole<kFormat>(task, row, start, task.width / 64, count, scales, codes, task.pages.stream);
-    } else if (served(task) && task.width > 256) {  // several looks at a table of its own
+    } else if (task.width > 256) {  // several looks at a table of its own
       for (int i = 0; i < count; ++i) {
         const int64_t at = start + i * task.width;
         encode_run<kFormat>(task, row, at, task.width, scales[i], codes + at);
       }
     } else {
-      WideBody::encode_groups<kFormat>(task, row, start, count, scales, codes);
+      by_arithmetic<kFormat>(task, row, start, task.width, count, scales, codes);
     }
   }
 
   template <Format kFormat>
   void encode_run(const QuantizeTask& task, const void* row, int64_t start, int64_t count, float scale,
                   uint8_t* codes) {
-    if (!served(task) || count < 64) return WideBody::encode_run<kFormat>(task, row, start, count, scale, codes);
+    if (count < 64) return PlainBody::encode_run<kFormat>(task, row, start, count, scale, codes);
     const int64_t skipped = to_next_line(codes, task.pages.stream, count), whole = (count - skipped) / 64;
     alignas(64) uint8_t some[64];
     if (skipped > 0) {
@@ -76,8 +87,11 @@ struct LookUpBody : WideBody {
   }
 
  private:
-  static bool served(const QuantizeTask& task) {
-    return task.w.dtype == Dtype::bf16 && task.scale_dtype == Dtype::bf16;
+  template <Format kFormat>
+  void by_arithmetic(const QuantizeTask& task, const void* row, int64_t start, int64_t width, int count,
+                     const float* scales, uint8_t* codes) {
+    width == 32 ? encode_pairs<kFormat, Dtype::bf16>(task, row, start, count, scales, codes)
+                : encode_all<kFormat, Dtype::bf16, true>(task, row, start, width, count, scales, codes);
   }
 
   // Groups of `per` whole 64s from `start` of a row and of its codes.
@@ -88,7 +102,8 @@ struct LookUpBody : WideBody {
     stream = stream && reinterpret_cast<uintptr_t>(codes + start) % 64 == 0;
     for (int64_t i = 0; (i = look_up<kFormat>(task, row, start, per, i, all, scales, codes, stream)) < all; ++i) {
       const int64_t at = start + 64 * i;
-      WideBody::encode_run<kFormat>(task, row, at, 64, scales[i / per], codes + at);
+      alignas(64) const float scale[kTogether] = {scales[i / per]};
+      by_arithmetic<kFormat>(task, row, at, 64, 1, scale, codes);
     }
   }
 
