@@ -126,6 +126,7 @@ class Numbers {
 void test_linear();
 void test_linear_dynamic();
 void test_quantize();
+void test_pages();
 void test_pool();
 
 }  // namespace musubi_test

@@ -4,6 +4,7 @@
 #include "testing.h"
 
 int main() {
+  musubi_test::test_pages();
   musubi_test::test_pool();
   musubi_test::test_quantize();
   musubi_test::test_linear();
