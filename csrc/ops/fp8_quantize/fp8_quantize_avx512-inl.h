@@ -13,8 +13,8 @@ MUSUBI_INLINE void put64(uint8_t* to, __m512i bytes, bool stream) {
   }
 }
 
-constexpr int64_t kLeastStreamed =
-    256;  // bytes of a run that is no whole lines and written past the caches all the same
+// Bytes from which on a run that is no whole lines is written past the caches all the same.
+constexpr int64_t kLeastStreamed = 256;
 
 // Bytes from here to the next line of the caches, where long runs are written past those; 0 for shorter runs, which are
 // only where they begin at a line.
