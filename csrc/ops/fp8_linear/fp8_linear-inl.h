@@ -282,6 +282,8 @@ class Multiply {
 
   // What codes stand for, and the scales of `jn` outputs from j0, [blocks][wide], zeros beyond.
   void numbers_of(int64_t j0, int64_t jn, float* room) const {
+    // few rows have panels of one of these widths, and a vector of scales must not reach into the next block's
+    static_assert(2 * kGroups % Vec::W == 0 && kMostOutputs % Vec::W == 0, "panels are whole vectors");
     uint8_t all[kNumbers];
     for (int code = 0; code < kNumbers; ++code) all[code] = static_cast<uint8_t>(code);
     Codes(weight_.format).floats(all, kNumbers, 1.0f, room);
